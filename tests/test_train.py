@@ -1,0 +1,223 @@
+"""The loop: the same batches for both objectives, exact resume, and the commands as a person runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+import train
+from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "unique_tokens": 1024,
+         "eval_blocks": 16, "optimizer": "adamw", "dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A text of simple sentences that a small model learns in seconds, prepared as characters."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    parts = ["the union", "a state", "our law", "one people"], ["has", "makes", "keeps"], ["peace", "war", "law"]
+    sentences = [" ".join(rng.choice(part) for part in parts) + ".\n\n" for _ in range(2500)]
+    (folder / "text.txt").write_text("".join(sentences))
+    prepare.prepare(inputs=[folder / "text.txt"], tokenizer="char", out=folder / "data")
+    return folder / "data"
+
+
+def config(corpus, **given):
+    return train.make_config("laptop", **(SMALL | {"data": str(corpus), "epochs": 3.0, "lr": 0.01} | given))
+
+
+def command(*args, cwd, code=0):
+    """Run one of our commands as a person would; return what it printed."""
+    args = [sys.executable, ROOT / args[0], *map(str, args[1:])]
+    done = subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def flags(settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+# ----- the order of the data
+
+
+def test_every_epoch_meets_every_block_once_in_an_order_of_its_own():
+    U, T = 1000, 16
+    for epoch in range(3):
+        starts = train.epoch_order(7, epoch, U, T)
+        tokens = (starts[:, None] + np.arange(T)) % U
+        assert len(starts) == U // T and len(np.unique(tokens)) == U // T * T
+    first, second = train.epoch_order(7, 0, U, T), train.epoch_order(7, 1, U, T)
+    assert not np.array_equal(first, second) and first.min() % T != second.min() % T  # another order, another offset
+    train.epoch_order.cache_clear()
+    assert np.array_equal(first, train.epoch_order(7, 0, U, T))  # of seed and epoch alone
+
+
+def test_batches_walk_through_the_stream_of_epochs_without_a_gap():
+    U, T, B = 1000, 16, 8  # 62 blocks an epoch: batches lie across the ends of epochs
+    stream = np.concatenate([train.batch_starts(1, step, U, T, B) for step in range(31)])
+    assert np.array_equal(stream, np.concatenate([train.epoch_order(1, epoch, U, T) for epoch in range(4)]))
+
+
+def test_both_objectives_meet_the_same_weights_and_batches(corpus):
+    tokens = torch.arange(1000) % 50
+    for step in (0, 9):
+        x, mask, index = train.get_batch(config(corpus, objective="diffusion"), tokens, step)
+        y, none, _ = train.get_batch(config(corpus, objective="ar"), tokens, step)
+        assert torch.equal(x, y) and none is None
+        assert torch.equal(mask.flatten().nonzero().flatten(), index)
+        assert len(index) == 8 * 17 // 2  # B (T+1) / 2, whatever the draw
+        assert torch.equal(mask, train.get_batch(config(corpus), tokens, step)[1])  # of the step alone
+        assert not torch.equal(mask, train.get_batch(config(corpus), tokens, step + 1)[1])
+
+
+def test_learning_rate_warms_up_and_ends_at_a_tenth():
+    rates = [train.learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == 0.2 and max(rates) == rates[9] == 2.0
+    assert rates[-1] == pytest.approx(0.2, rel=1e-3) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_evaluations_come_every_so_often_or_in_ever_larger_steps(corpus):
+    base = config(corpus) | {"unique_tokens": 1280, "steps": 100, "epochs": 10.0}  # 10 steps an epoch
+    assert sorted(train.evaluation_steps(base | {"eval_every": 2.5})) == [25, 50, 75, 100]
+    assert sorted(train.evaluation_steps(base | {"eval_every": 0.0})) == [10, 15, 20, 30, 40, 60, 80, 100]
+
+
+# ----- runs
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_training_learns_and_logs(corpus, tmp_path, objective):
+    records = train.train(config(corpus, objective=objective, epochs=30.0, eval_every=10.0, out=str(tmp_path / "run")))
+    first, rows = records[0]["config"], records[1:]
+    assert [r["epoch"] for r in rows] == [10, 20, 30] and rows[-1]["step"] == first["steps"] == 240
+    assert rows[-1]["val_loss"] < 0.92 * first["unigram_entropy"]  # it knows more than frequencies
+    assert rows[-1]["flops"] == first["flops"] == 6 * first["parameters"] * 240 * 128
+    assert (rows[-1]["val_stderr"] == 0) == (objective == "ar")
+    bits = rows[-1]["val_loss"] / np.log(2) * first["eval_tokens"] / first["eval_bytes"]
+    assert rows[-1]["val_bpb"] == pytest.approx(bits)
+    on_disk = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert on_disk == json.loads(json.dumps(records))
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluating_often_or_never_changes_no_weight(corpus, tmp_path):
+    for name, every in (("often", 1 / 8), ("never", 1e9)):
+        train.train(config(corpus, dropout=0.1, eval_every=every, out=str(tmp_path / name)))
+    often, never = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("often", "never"))
+    assert all(torch.equal(often[key], never[key]) for key in often)
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_and_resumed_run_is_the_uninterrupted_run(corpus, tmp_path, objective, optimizer):
+    settings = {"objective": objective, "optimizer": optimizer, "dropout": 0.1, "eval_every": 1.0}
+    whole = train.train(config(corpus, out=str(tmp_path / "whole"), **settings))
+    calls = iter(range(1000))
+    with pytest.raises(train.Interrupted):
+        train.train(config(corpus, out=str(tmp_path / "parts"), **settings), stop=lambda: 2 * (next(calls) == 11))
+    parts = train.train(*train.reopen(tmp_path / "parts", {}))
+    plain = lambda records: [{k: v for k, v in r.items() if k != "seconds"} for r in records[1:]]  # noqa: E731
+    assert plain(whole) == plain(parts)
+    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    assert repr(a["optimizers"]) == repr(b["optimizers"])
+
+
+def test_the_commands_from_text_to_samples(tmp_path):
+    """prepare.py, train.py twice with one word changed, sample.py: each through its own process."""
+    rng = np.random.default_rng(1)
+    text = "".join(" ".join(rng.choice(["free", "labor", "and", "land"], 8)) + ".\n\n" for _ in range(900))
+    (tmp_path / "my.txt").write_text(text)
+    printed = command("prepare.py", "--input", "my.txt", "--tokenizer=bpe", "--vocab_size=300", "--out=d", cwd=tmp_path)
+    assert "bytes per token" in printed
+    settings = flags(SMALL | {"data": "d", "epochs": 4, "lr": 0.02, "n_embd": 64})
+    for objective in ("diffusion", "ar"):
+        printed = command("train.py", f"--objective={objective}", *settings, cwd=tmp_path)
+        assert ("val <=" in printed) == (objective == "diffusion") and "unigram entropy" in printed
+        rows = [json.loads(line) for line in (tmp_path / "out" / objective / "log.jsonl").read_text().splitlines()][1:]
+        assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+        printed = command("sample.py", f"--run=out/{objective}", "--prompt=free land", "--length=24", cwd=tmp_path)
+        assert printed.count("\nfree land") == 3
+        again = command("sample.py", "--prompt=free land", "--length=24", cwd=tmp_path)  # the newest run is the default
+        assert again == printed
+    now, logged = command("train.py", "--eval_only", "--resume=out/diffusion", cwd=tmp_path).splitlines()
+    assert json.loads(now.removeprefix("now ")) == json.loads(logged.removeprefix("log "))
+
+
+# ----- what a person can get wrong
+
+
+@pytest.mark.parametrize("given, named", [
+    ({"unique_tokens": 10**9}, "unique_tokens=1000000000"), ({"batch_size": 1000}, "batch_size=1000"),
+    ({"batch_size": 7}, "batch_size=7"), ({"block_size": 10**6}, "1000000"), ({"lr": -1.0}, "lr=-1"),
+    ({"lr": float("nan")}, "lr=nan"), ({"epochs": 0.0}, "epochs=0"), ({"n_head": 3}, "n_head=3"),
+    ({"objective": "bert"}, "objective=bert"), ({"optimizer": "sgd"}, "optimizer=sgd"), ({"dropout": 1.5}, "dropout"),
+    ({"eval_passes": 1}, "eval_passes=1"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "tpu!"}, "tpu!"),
+    ({"unknown": 1}, "unknown"), ({"data": "nowhere"}, "nowhere"), ({"split": "test"}, "split=test")])
+def test_wrong_settings_are_named(corpus, tmp_path, given, named):
+    with pytest.raises((UserError, prepare.DataError), match=named):
+        train.train(config(corpus, out=str(tmp_path / "run"), **given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_reach_the_person_without_a_traceback(corpus, tmp_path):
+    settings = flags(SMALL | {"data": corpus, "epochs": 1})
+    for args, named in ((["--unique_tokens=99999999"], "99999999"), (["--resume=nowhere"], "nowhere"),
+                        (["--eval_only"], "--resume")):
+        error = command("train.py", *settings, *args, cwd=tmp_path, code=2)
+        assert named in error and "Traceback" not in error and len(error.splitlines()) <= 2
+    assert not (tmp_path / "out").exists()
+    assert "no run" in command("sample.py", cwd=tmp_path, code=2)
+
+
+def test_a_run_directory_is_never_overwritten(corpus, tmp_path):
+    train.train(config(corpus, epochs=0.5, out=str(tmp_path / "run")))
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(UserError, match="holds a run"):
+        train.train(config(corpus, epochs=0.5, out=str(tmp_path / "run")))
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_other_flags_and_other_data(corpus, tmp_path):
+    train.train(config(corpus, epochs=0.5, out=str(tmp_path / "run")))
+    with pytest.raises(UserError, match=r"--lr=0.5 \(the run has 0.01\), --seed=3 \(the run has 1\)"):
+        train.reopen(tmp_path / "run", {"lr": 0.5, "seed": 3, "epochs": 0.5})
+    settings, saved = train.reopen(tmp_path / "run", {})
+    with pytest.raises(UserError, match="not the data"):
+        train.train(settings | {"data_sha256": "0" * 64}, saved)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"model": GPT(GPTConfig(n_layer=1, n_embd=32)).state_dict(), "state": {"step": 1}})
+    good = path.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for content in (bytes(flipped), good[:-100], b"", b"hello" * 99):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="damaged|foreign"):
+            load_checkpoint(path)
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(UserError, match="not a checkpoint of ambigpt"):
+        load_checkpoint(path)
+    torch.save({"format": "ambigpt-checkpoint-0"}, path)
+    with pytest.raises(UserError, match="checkpoint-0"):
+        load_checkpoint(path)
+    path.write_bytes(good)
+    assert load_checkpoint(path)["state"] == {"step": 1}
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_state(corpus, tmp_path):
+    with pytest.raises(UserError, match=r"at step \d+, learning rate .*try --lr"):
+        train.train(config(corpus, lr=1e18, epochs=20.0, out=str(tmp_path / "run")))
+    kept = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(torch.isfinite(p).all() for p in kept["model"].values())

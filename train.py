@@ -1,0 +1,421 @@
+"""Train a GPT for many epochs on a small corpus, left to right or by filling in masks.
+
+    python train.py --objective=diffusion --epochs=100
+    python train.py --objective=ar --epochs=100
+
+Everything random is a function of the seed and of where the run is: an epoch's order of (seed, epoch), masks and
+dropout of (seed, step). There is no random state to save, a resumed run is the run that was never interrupted, and both
+objectives start from the same weights and meet the same batches in the same order.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import prepare
+from model import OBJECTIVES, UserError, choose_device, draw_mask, evaluate, load_checkpoint, make_model
+from model import make_optimizers, model_from_checkpoint, precision, save_checkpoint, write_atomic
+
+FLAGS = {
+    # name: (type, laptop, gpu, what is allowed: the choices or the least value, help)
+    "objective": (str, "diffusion", "diffusion", OBJECTIVES, "ar: predict the next token; diffusion: fill in masks"),
+    "data": (str, "data/sotu-bpe512", "data/sotu-bpe4096", None, "folder that prepare.py made"),
+    "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens only; 0: on all"),
+    "epochs": (float, 100.0, 200.0, 1e-6, "passes over the unique tokens"),
+    "seed": (int, 1, 1, 0, "of the weights, the order of the data, the masks and dropout"),
+    "n_layer": (int, 4, 12, 1, "transformer blocks"),
+    "n_head": (int, 2, 6, 1, "attention heads"),
+    "n_embd": (int, 128, 384, 1, "C, channels"),
+    "block_size": (int, 128, 256, 1, "T, tokens per block"),
+    "rope_base": (float, 20.0, 20.0, 1.01, "base of the rotary wavelengths"),
+    "batch_size": (int, 16, 64, 2, "B, blocks per step; even, as masks are drawn in pairs"),
+    "optimizer": (str, "muon", "muon", ("adamw", "muon"), "muon: for matrices, with adamw for the rest"),
+    "lr": (float, 3e-3, 3e-3, 1e-9, "peak learning rate, after 1 % of the steps; then a cosine down to a tenth"),
+    "weight_decay": (float, 0.1, 0.1, 0, "decoupled, on the matrices and the embedding"),
+    "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
+    "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, 12, ... epochs"),
+    "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all of it"),
+    "eval_passes": (int, 2, 2, 2, "masks drawn for every evaluated block (diffusion); its error is known from 2 on"),
+    "split": (str, "val", "val", ("val", "tune"), "held-out split: val to report, tune to choose settings by"),
+    "device": (str, "auto", "auto", None, "auto, cpu, cuda, cuda:1, ..."),
+    "dtype": (str, "auto", "auto", ("auto", "float32", "bfloat16"), "of the matrix products; weights are float32"),
+    "compile": (bool, False, True, None, "run through torch.compile"),
+    "out": (str, "", "", None, "run directory; default: a new one under out/"),
+}
+FREE_ON_RESUME = {"out", "device", "compile"}  # what may differ between a run and its resumption
+
+
+def make_config(preset=None, **given):
+    """Every flag of a run: the preset's values (laptop or gpu; by device if None), overridden by the given ones.
+
+    Raises UserError with the value and the remedy.
+    """
+    preset = preset or ("gpu" if torch.cuda.is_available() else "laptop")
+    for name in sorted(set(given) - set(FLAGS)):
+        raise UserError(f"unknown setting {name!r}: see python train.py --help")
+    config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
+    for name, (kind, _, _, allowed, _) in FLAGS.items():
+        value = config[name]
+        if isinstance(allowed, tuple) and value not in allowed:
+            raise UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
+        if kind in (int, float) and not (math.isfinite(value) and allowed <= value < 2**62):
+            raise UserError(f"--{name}={value}: it must be a number of at least {allowed}")
+    if config["batch_size"] % 2:
+        raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
+    return {"preset": preset} | config
+
+
+def derive(seed, purpose, *index):
+    """A 64-bit seed for one purpose at one place (an epoch or a step), independent of every other."""
+    words = [seed, int.from_bytes(purpose.encode(), "big"), *index]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, epoch, U, T):
+    """Where the blocks of an epoch start, (U // T,): a permutation of the blocks, cut at a random offset.
+
+    The unique tokens are a ring, so that every epoch has the same number of blocks and every token the same chances.
+    """
+    rng = np.random.default_rng(derive(seed, "order", epoch))
+    return (rng.permutation(U // T) * T + rng.integers(U)) % U
+
+
+def batch_starts(seed, step, U, T, B):
+    """Starts of the blocks of a step, (B,): blocks step*B..(step+1)*B of the endless stream of epochs."""
+    n = U // T
+    return np.array([epoch_order(seed, i // n, U, T)[i % n] for i in range(step * B, (step + 1) * B)])
+
+
+def get_batch(config, tokens, step):
+    """What a step learns from, on the device of tokens (U,): blocks (B, T); for diffusion masks and their index."""
+    seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
+    start = torch.from_numpy(batch_starts(seed, step, U, T, B)).to(tokens.device)  # (B,)
+    x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
+    if config["objective"] == "ar":
+        return x, None, None  # [AR]
+    mask = draw_mask(B, T, torch.Generator().manual_seed(derive(seed, "mask", step)))  # [DIFFUSION]
+    return x, mask.to(tokens.device), mask.flatten().nonzero().squeeze(1).to(tokens.device)
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 1 % of the steps, then a cosine down to a tenth of the peak (as in the paper)."""
+    warmup = max(1, steps // 100)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def read_log(path):
+    """The records of a log.jsonl up to the first torn line (a crash can tear only the last)."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def plot_losses(records, path):
+    """loss.png: training and validation loss against epochs (FLOPs above), the lowest validation loss marked."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    config, rows = records[0]["config"], records[1:]
+    best, scale = min(rows, key=lambda r: r["val_loss"]), rows[-1]["flops"] / rows[-1]["epoch"]
+    bound = " (bound)" if config["objective"] == "diffusion" else ""
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, style in (("train", "--"), ("val", "-")):
+        ax.plot([r["epoch"] for r in rows], [r[f"{name}_loss"] for r in rows], style, color="black", label=name + bound)
+    ax.plot(best["epoch"], best["val_loss"], "o", color="black",
+            label=f"lowest: {best['val_loss']:.3f} at epoch {best['epoch']:.4g}")
+    ax.axhline(config["unigram_entropy"], color="0.7", label="unigram entropy")
+    ax.set(xscale="log", xlabel="epochs", ylabel="nats per token", title=f"{config['objective']}, "
+           f"{config['parameters'] / 1e6:.2g}M parameters, {config['unique_tokens']:,} unique tokens")
+    ax.secondary_xaxis("top", functions=(lambda e: e * scale, lambda f: f / scale)).set_xlabel("FLOPs")
+    ax.legend(frameon=False)
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
+    plt.close(fig)
+
+
+def open_data(config):
+    """The corpus of a run: (Data, training tokens (U,), held-out blocks (N, T)), the tokens as int64 tensors.
+
+    Prepares the preset's own corpus if it is not there yet. Raises UserError when sizes do not fit.
+    """
+    folder, T, B = Path(config["data"]), config["block_size"], config["batch_size"]
+    default = FLAGS["data"][1 if config["preset"] == "laptop" else 2]
+    if not folder.exists() and config["data"] == default:
+        print(f"{folder} is not there yet: preparing the default corpus")
+        prepare.prepare(vocab_size=int(default.rsplit("bpe")[1]), out=folder)
+    data = prepare.load(folder)
+    there, U = len(data.splits["train"]), config["unique_tokens"] or len(data.splits["train"])
+    if U > there:
+        raise UserError(f"--unique_tokens={U}: {folder} has {there:,} training tokens; ask for fewer, or 0 for all")
+    if U // T < B:
+        raise UserError(f"--batch_size={B} times --block_size={T} is {B * T:,} tokens, there are {U:,}: lower one")
+    n = len(data.splits[config["split"]]) // T
+    if n < 1:
+        raise UserError(f"--block_size={T}: the held-out split {config['split']!r} of {folder} has only "
+                        f"{len(data.splits[config['split']])} tokens; use shorter blocks or more text")
+    chosen = np.linspace(0, n - 1, min(n, config["eval_blocks"] or n)).round().astype(int)
+    held_out = np.asarray(data.splits[config["split"]][: n * T]).reshape(n, T)[chosen].astype(np.int64)
+    return data, torch.from_numpy(data.splits["train"][:U].astype(np.int64)), torch.from_numpy(held_out)
+
+
+def describe(config, data, tokens, blocks, model):
+    """The config of a run with all that is known before its first step: the log's first record."""
+    counts = torch.bincount(blocks.flatten()).double()
+    p = counts[counts > 0] / counts.sum()
+    U, B, T = len(tokens), config["batch_size"], config["block_size"]
+    steps = max(1, round(config["epochs"] * (U // T) / B))
+    return config | {
+        "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size, "parameters": model.num_params(), "steps": steps,
+        "flops": 6 * model.num_params() * steps * B * T, "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,
+        "unigram_entropy": -(p * p.log()).sum().item(), "eval_tokens": blocks.numel(),
+        "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum()),
+        "data_sha256": data.meta["splits"]["train"]["sha256"], "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}}
+
+
+def print_header(c, device_line):
+    """The run in a few lines: what is learned from what, how much work it is, what the paper's law says of it."""
+    per_epoch = c["unique_tokens"] // c["block_size"] / c["batch_size"]
+    print(f"{device_line}; preset {c['preset']}\n"
+          f"objective {c['objective']}, {c['parameters'] / 1e6:.2f}M parameters, {c['optimizer']} lr {c['lr']:g}, "
+          f"weight decay {c['weight_decay']:g}, dropout {c['dropout']:g}, seed {c['seed']}\n"
+          f"{c['unique_tokens']:,} unique tokens of {c['data']}, {c['epochs']:g} epochs of {per_epoch:.1f} steps of "
+          f"{c['batch_size']} x {c['block_size']} tokens: {c['steps']:,} steps\n"
+          f"{c['flops']:.2e} FLOPs, {c['flops'] / c['critical_flops']:.2g} times the paper's critical compute for this "
+          f"many tokens ({c['critical_flops']:.1e}, extrapolated)\n"
+          f"evaluating {c['eval_tokens']:,} tokens of {c['split']}; knowing their frequencies only would score "
+          f"{c['unigram_entropy']:.3f} nats per token (unigram entropy)\nrun directory {c['out']}", flush=True)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end, and it has been saved; args: the signal's number, the run directory."""
+
+
+def show(record, objective):
+    """One line for one evaluation; the sign says whether the number is exact or a bound."""
+    sign, error = ("<=", f" ± {record['val_stderr']:.3f}") if objective == "diffusion" else ("=", "")
+    return (f"epoch {record['epoch']:7.2f}  train {record['train_loss']:.3f}  "
+            f"val {sign} {record['val_loss']:.3f}{error} nats/token, {sign} {record['val_bpb']:.3f} bits/byte")
+
+
+def evaluation_steps(config):
+    """The steps after which to evaluate: every eval_every epochs, or after 1, 1.5, 2, 3, 4, 6, ...; and the last."""
+    per_epoch = config["unique_tokens"] // config["block_size"] / config["batch_size"]
+    epochs = ([config["eval_every"] * i for i in range(1, int(config["epochs"] / config["eval_every"]) + 1)]
+              if config["eval_every"] else [m * 2**j for j in range(32) for m in (1, 1.5)])
+    return {s for e in epochs if 0 < (s := round(e * per_epoch)) < config["steps"]} | {config["steps"]}
+
+
+def score(config, model, blocks, device, dtype):
+    """The held-out loss of a model as it is logged: nats per token, its standard error, bits per byte."""
+    with precision(device, dtype):
+        loss, stderr = evaluate(model, blocks, config["eval_passes"])
+    return {"val_loss": loss, "val_stderr": stderr,
+            "val_bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
+
+
+@contextlib.contextmanager
+def run_directory(out):
+    """Make the directory of a run and hold it; the lock goes when the process does, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out} is in use by another run: wait for it, or choose another --out") from None
+        yield
+
+
+def train(config, saved=None, stop=lambda: 0):
+    """Run what make_config describes, or go on from a saved checkpoint; return the log, a list of records.
+
+    stop() is asked after every step and returns the number of a signal to end on, or 0. Raises UserError for what the
+    caller can mend, prepare.DataError for the corpus, Interrupted after a signal.
+    """
+    device, dtype, device_line = choose_device(config["device"], config["dtype"])
+    data, tokens, blocks = open_data(config)
+    out = Path(config["out"] or new_run_dir(config["objective"]))
+    torch.manual_seed(derive(config["seed"], "weights"))
+    model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
+    if saved:
+        if config["data_sha256"] != data.meta["splits"]["train"]["sha256"]:
+            raise UserError(f"{config['data']} is not the data that {out} was trained on: prepare that again to go on")
+        state = saved["state"]
+        model.load_state_dict(saved["model"])
+    else:
+        if (out / "log.jsonl").exists():
+            raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
+        state = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0, "best": None}
+        config = config | {"out": str(out), "dtype": str(dtype).removeprefix("torch.")}
+        config = describe(config, data, tokens, blocks, model)
+    model.to(device)
+    tokens = tokens.to(device)
+    optimizers = make_optimizers(model, config["optimizer"], config["lr"], config["weight_decay"])
+    for optimizer, values in zip(optimizers, saved["optimizers"] if saved else [], strict=bool(saved)):
+        optimizer.load_state_dict(values)
+    run = torch.compile(model) if config["compile"] else model
+    loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)  # stays there: to read it is to wait
+    steps, per_step, due = config["steps"], config["batch_size"] * config["block_size"], evaluation_steps(config)
+    started = time.perf_counter() - state["seconds"]
+    print_header(config, device_line)
+
+    def save(name):
+        state.update(loss_sum=loss_sum.item(), seconds=time.perf_counter() - started)
+        content = {"config": config, "tokenizer": data.tokenizer.to_dict(), "state": state, "model": model.state_dict()}
+        if name == "last.pt":
+            content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(out / name, content)
+
+    def check(**values):
+        if not all(map(math.isfinite, values.values())):
+            raise UserError(f"{', '.join(f'{name} {value:.4g}' for name, value in values.items())} at step "
+                            f"{state['step']}, learning rate {lr:.2g}: try --lr={config['lr'] / 3:.2g}; "
+                            f"{out / 'last.pt'} holds the last good state")
+
+    with run_directory(out), tqdm(total=steps * per_step, initial=state["step"] * per_step, unit="tok",
+                                  unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+        records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= state["step"]] or [{"config": config}]
+        write_atomic(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
+        if not saved:
+            save("last.pt")
+        while state["step"] < steps:
+            lr = learning_rate(state["step"], steps, config["lr"])
+            if config["dropout"]:
+                torch.manual_seed(derive(config["seed"], "dropout", state["step"]))
+            with precision(device, dtype):
+                loss = run(*get_batch(config, tokens, state["step"])).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if device.type == "cpu" or state["step"] % 50 == 0:  # a GPU has to wait for the answer: not every step
+                check(loss=loss.item(), gradient_norm=norm.item())
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_sum += loss.detach()
+            state["step"] += 1
+            state["loss_steps"] += 1
+            bar.update(per_step)
+            signum = stop()
+            if state["step"] in due:
+                seen = state["step"] * per_step
+                record = {"epoch": seen / len(tokens), "step": state["step"], "tokens": seen,
+                          "flops": 6 * config["parameters"] * seen, "train_loss": loss_sum.item() / state["loss_steps"],
+                          **score(config, model, blocks, device, dtype), "lr": lr,
+                          "seconds": round(time.perf_counter() - started, 1)}
+                check(train_loss=record["train_loss"], val_loss=record["val_loss"])
+                records.append(record)
+                with open(out / "log.jsonl", "ab") as f:
+                    f.write(json.dumps(record).encode() + b"\n")
+                    f.flush()
+                    os.fsync(f.fileno())
+                bar.write(show(record, config["objective"]))
+                loss_sum.zero_()
+                state["loss_steps"] = 0
+                if state["best"] is None or record["val_loss"] < state["best"]["val_loss"]:
+                    state["best"] = record
+                    save("best.pt")
+            if state["step"] in due or signum:
+                check(loss=loss_sum.item(), gradient_norm=norm.item())
+                save("last.pt")
+            if signum and state["step"] < steps:
+                raise Interrupted(signum, out)
+    plot_losses(records, out / "loss.png")
+    return records
+
+
+def reopen(run, given, name="last.pt"):
+    """The config and the checkpoint to resume a run with. Raises UserError if a given flag contradicts them."""
+    saved = load_checkpoint(Path(run) / name)
+    config = saved["config"]
+    different = [f"--{name}={value} (the run has {config[name]})" for name, value in given.items()
+                 if name not in FREE_ON_RESUME and value != config[name]]
+    if different:
+        raise UserError(f"{run} can not go on with other settings: {', '.join(different)}; leave them out")
+    return config | {name: given[name] for name in FREE_ON_RESUME & set(given)} | {"out": str(run)}, saved
+
+
+def score_again(run, given):
+    """Evaluate the best checkpoint of a run anew and print the result above what its log says."""
+    config, saved = reopen(run, given, "best.pt")
+    device, dtype, _ = choose_device(config["device"], config["dtype"])
+    record = score(config, model_from_checkpoint(saved).to(device), open_data(config)[2], device, dtype)
+    print(f"now {json.dumps(record)}\nlog {json.dumps({name: saved['state']['best'][name] for name in record})}")
+
+
+def new_run_dir(objective):
+    """out/ar, out/ar-2, ...: the first that is not taken."""
+    paths = (Path("out") / (f"{objective}-{i}" if i > 1 else objective) for i in itertools.count(1))
+    return next(path for path in paths if not path.exists())
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", choices=("laptop", "gpu"), help="values for all flags below (default: by device)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+    parser.add_argument("--eval_only", action="store_true", help="with --resume: score its checkpoints again and end")
+    for name, (kind, laptop, gpu, _, text) in FLAGS.items():
+        default = f"{laptop}" if laptop == gpu else f"laptop {laptop}, gpu {gpu}"
+        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        help_line = f"{text} [{default}]".replace("%", "%%")
+        parser.add_argument(f"--{name}", help=help_line, default=argparse.SUPPRESS, **extra)
+    return vars(parser.parse_args(argv))
+
+
+def main(argv=None):
+    given = parse(argv)
+    preset, run, eval_only = given.pop("preset"), given.pop("resume"), given.pop("eval_only")
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    try:
+        if eval_only:
+            if not run:
+                raise UserError("--eval_only scores a run that is there: name it with --resume=out/NAME")
+            score_again(run, given)
+            return 0
+        config, saved = reopen(run, given) if run else (make_config(preset, **given), None)
+        records = train(config, saved, stop=lambda: signals[0] if signals else 0)
+    except (UserError, prepare.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}\nwhat was written before is whole: mend that, then go on with --resume", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        number, out = stopped.args
+        print(f"\nsaved; go on with: python train.py --resume={out}")
+        return 128 + number
+    config, rows = records[0]["config"], records[1:]
+    best = min(rows, key=lambda r: r["val_loss"])
+    print(f"best   {show(best, config['objective'])}\nfinal  {show(rows[-1], config['objective'])}\n"
+          f"curve in {config['out']}/loss.png; text from it: python sample.py --run={config['out']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
