@@ -45,12 +45,13 @@ FLAGS = {
     "rope_base": (float, 20.0, 20.0, 1.01, "base of the rotary wavelengths"),
     "batch_size": (int, 16, 64, 2, "B, blocks per step; even, as masks are drawn in pairs"),
     "optimizer": (str, "muon", "muon", ("adamw", "muon"), "muon: for matrices, with adamw for the rest"),
-    "lr": (float, 3e-3, 3e-3, 1e-9, "peak learning rate, after 1 % of the steps; then a cosine down to a tenth"),
+    "lr": (float, 2e-3, 2e-3, 1e-9, "peak learning rate, after 1 % of the steps; then a cosine down to a tenth"),
     "weight_decay": (float, 0.1, 0.1, 0, "decoupled, on the matrices and the embedding"),
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, 12, ... epochs"),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all of it"),
-    "eval_passes": (int, 2, 2, 2, "masks drawn for every evaluated block (diffusion); its error is known from 2 on"),
+    "eval_passes": (int, 2, 2, 2, "masks drawn for every evaluated block (diffusion); from 2 on their error is known"),
+    "final_passes": (int, 16, 8, 2, "the same for the evaluation after the last step"),
     "split": (str, "val", "val", ("val", "tune"), "held-out split: val to report, tune to choose settings by"),
     "device": (str, "auto", "auto", None, "auto, cpu, cuda, cuda:1, ..."),
     "dtype": (str, "auto", "auto", ("auto", "float32", "bfloat16"), "of the matrix products; weights are float32"),
@@ -228,10 +229,10 @@ def evaluation_steps(config):
     return {s for e in epochs if 0 < (s := round(e * per_epoch)) < config["steps"]} | {config["steps"]}
 
 
-def score(config, model, blocks, device, dtype):
-    """The held-out loss of a model as it is logged: nats per token, its standard error, bits per byte."""
+def score(config, step, model, blocks, device, dtype):
+    """The held-out loss after a step, as it is logged: nats per token, its standard error, bits per byte."""
     with precision(device, dtype):
-        loss, stderr = evaluate(model, blocks, config["eval_passes"])
+        loss, stderr = evaluate(model, blocks, config["final_passes" if step == config["steps"] else "eval_passes"])
     return {"val_loss": loss, "val_stderr": stderr,
             "val_bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
 
@@ -325,7 +326,7 @@ def train(config, saved=None, stop=lambda: 0):
                 seen = state["step"] * per_step
                 record = {"epoch": seen / len(tokens), "step": state["step"], "tokens": seen,
                           "flops": 6 * config["parameters"] * seen, "train_loss": loss_sum.item() / state["loss_steps"],
-                          **score(config, model, blocks, device, dtype), "lr": lr,
+                          **score(config, state["step"], model, blocks, device, dtype), "lr": lr,
                           "seconds": round(time.perf_counter() - started, 1)}
                 check(train_loss=record["train_loss"], val_loss=record["val_loss"])
                 records.append(record)
@@ -363,8 +364,9 @@ def score_again(run, given):
     """Evaluate the best checkpoint of a run anew and print the result above what its log says."""
     config, saved = reopen(run, given, "best.pt")
     device, dtype, _ = choose_device(config["device"], config["dtype"])
-    record = score(config, model_from_checkpoint(saved).to(device), open_data(config)[2], device, dtype)
-    print(f"now {json.dumps(record)}\nlog {json.dumps({name: saved['state']['best'][name] for name in record})}")
+    best, blocks = saved["state"]["best"], open_data(config)[2]
+    record = score(config, best["step"], model_from_checkpoint(saved).to(device), blocks, device, dtype)
+    print(f"now {json.dumps(record)}\nlog {json.dumps({name: best[name] for name in record})}")
 
 
 def new_run_dir(objective):

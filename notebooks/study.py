@@ -1,0 +1,65 @@
+"""The runs behind README's tables and the notebooks: every setting of every study, and a driver for them.
+
+    python notebooks/study.py laptop --jobs=2      run what is not done yet, two at a time, resuming what was broken off
+    python notebooks/study.py laptop --print       only print the plain commands, for a cluster's scheduler to take
+
+A finished run's log.jsonl is copied to notebooks/results/STUDY-NAME.jsonl as train.py wrote it; nothing is converted.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "notebooks" / "results"
+
+STUDIES = {
+    # name of the study: {name of the run: flags of train.py}
+    "laptop": {f"{objective}-s{seed}": f"--preset=laptop --objective={objective} --epochs=100 --seed={seed}"
+               for seed in (1, 2, 3) for objective in ("ar", "diffusion")},
+}
+
+
+def command(study, name):
+    """The train.py command of a run as a list, to be run in the project's root."""
+    out = Path("out") / f"{study}-{name}"
+    if (ROOT / out / "last.pt").exists():
+        return ["python", "train.py", f"--resume={out}"]
+    return ["python", "train.py", *shlex.split(STUDIES[study][name]), f"--out={out}"]
+
+
+def run(study, name, threads):
+    """Run or resume one setting, its output to out/STUDY-NAME.txt; copy the log when it has ended well."""
+    result = RESULTS / f"{study}-{name}.jsonl"
+    if result.exists():
+        return
+    (ROOT / "out").mkdir(exist_ok=True)
+    with open(ROOT / "out" / f"{study}-{name}.txt", "a") as output:
+        done = subprocess.run([sys.executable, *command(study, name)[1:]], cwd=ROOT, stdout=output, stderr=output,
+                              env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if done.returncode == 0:
+        shutil.copy(ROOT / "out" / f"{study}-{name}" / "log.jsonl", result)
+    print(f"{study}-{name}: {'done' if done.returncode == 0 else f'failed, see out/{study}-{name}.txt'}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores [1]")
+    parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
+    args = parser.parse_args()
+    if args.print:
+        print("\n".join(shlex.join(command(args.study, name)) for name in STUDIES[args.study]))
+        return
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for name in STUDIES[args.study]:
+            pool.submit(run, args.study, name, max(1, os.cpu_count() // args.jobs))
+
+
+if __name__ == "__main__":
+    main()
