@@ -275,16 +275,23 @@ def replacing(folder):
     real = folder.resolve()
     new, old = (real.with_name(f".{real.name}.{part}-{os.getpid()}") for part in ("tmp", "old"))
     try:
-        if real.exists() and not (read_meta(real) and {file.stem for file in real.iterdir()} <= {"meta", *SPLITS}):
+        inside = {file.stem for file in real.iterdir()} if real.exists() else set()
+        if inside and not (read_meta(real) and inside <= {"meta", *SPLITS}):
             raise DataError(f"{folder} holds what prepare.py did not make: choose another --out, or move it away")
         new.mkdir(parents=True)
         yield new
         for path in new.iterdir():
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
-        if real.exists():
-            real.rename(old)
-        new.rename(real)
+        while new.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                real.rename(old)
+            try:
+                new.rename(real)
+            except OSError:
+                if not real.exists():  # or else another process prepared the same at the same time
+                    raise
     except OSError as error:
         raise DataError(f"cannot write {folder} ({error}): make room or choose another --out") from error
     finally:

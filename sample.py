@@ -58,11 +58,11 @@ def unmask(model, x, steps=0, temperature=1.0, top_k=0, generator=None):  # [DIF
     one_by_one = steps == 0 or steps >= most
     for left in range(most if one_by_one else steps, 0, -1):
         masked = x == V
-        noise = torch.rand(x.shape, generator=generator, device=x.device).masked_fill(~masked, 2.0)
-        chosen = noise == noise.min(1, keepdim=True).values if one_by_one else noise < 1 / left
-        if left == 1:
-            chosen = masked
-        chosen = chosen & masked
+        noise = torch.rand(x.shape, generator=generator, device=x.device).masked_fill(~masked, 2.0)  # (B, T)
+        if one_by_one:
+            chosen = masked & F.one_hot(noise.argmin(1), x.shape[1]).bool()
+        else:
+            chosen = masked & (noise < 1 / left)
         if chosen.any():
             x = x.clone()
             x[chosen] = pick(model.head(model.hidden(x)[chosen]), temperature, top_k, generator)
@@ -91,8 +91,8 @@ def questions(data, split, T, count=512, seed=0):
     """Multiple-choice questions from held-out documents: (Q, 4, T) ids, of which choice 0 is what was really written.
 
     Each begins with 3/4 T tokens that end with a sentence, the same in all four choices, and goes on for T/4 tokens: as
-    the document does, or as three other documents do after the end of some sentence. The same seed gives the same
-    questions. Raises UserError if the split has fewer than four documents with room for one.
+    the document does, or as three other documents do at such a place. All four are drawn alike, so that nothing but the
+    context tells them apart. The same seed gives the same questions. Raises UserError without four such documents.
     """
     ids, pieces = np.asarray(data.splits[split], dtype=np.int64), data.tokenizer.pieces
     answer = T // 4
@@ -107,18 +107,14 @@ def questions(data, split, T, count=512, seed=0):
         first, last = first.clip(0, len(ids) - 1), last.clip(0, len(ids) - 1)
         return inside & (ends[first] == ends[last])
 
-    endings = begins[whole(begins, begins + answer - 1)]
-    places = endings[whole(endings - (T - answer), endings + answer - 1)]
-    if len(places) == 0 or len(np.unique(document[endings])) < 4:
+    places = begins[whole(begins - (T - answer), begins + answer - 1)]
+    places = [places[document[places] == d] for d in np.unique(document[places])]  # of each document that has any
+    if len(places) < 4:
         raise UserError(f"the held-out split {split!r} has too few documents for questions of {T} tokens: it takes 4")
     rng, asked = np.random.default_rng(seed), []
-    for place in rng.choice(places, count, replace=len(places) < count):
-        choices = [place]
-        while len(choices) < 4:
-            other = rng.choice(endings)
-            if document[other] not in document[choices]:
-                choices.append(other)
-        asked.append([np.concatenate((ids[place - (T - answer):place], ids[c:c + answer])) for c in choices])
+    for _ in range(count):
+        four = [rng.choice(places[d]) for d in rng.choice(len(places), 4, replace=False)]
+        asked.append([np.concatenate((ids[four[0] - (T - answer):four[0]], ids[c:c + answer])) for c in four])
     return np.array(asked)
 
 
@@ -163,19 +159,20 @@ def parse(argv):
 
 def run(args):
     """Load the run of the command line, sample, print. Raises UserError or DataError for what a person can mend."""
-    for name in ("num_samples",):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: it must be at least 1")
-    for name in ("length", "temperature", "top_k", "steps", "seed"):
-        if not 0 <= getattr(args, name) < 2**63:
-            raise UserError(f"--{name}={getattr(args, name)}: it must not be negative or endless")
+    limits = {"num_samples": (1, 10**5), "length": (0, 10**6), "temperature": (0, 1e9), "top_k": (0, 2**31),
+              "steps": (0, 10**6), "seed": (0, 2**62)}
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name}={getattr(args, name)}: it must be between {low} and {high:g}")
     path = (args.run or newest_run()) / f"{args.checkpoint}.pt"
+    if args.checkpoint == "best" and not path.exists() and path.with_name("last.pt").exists():
+        raise UserError(f"{path.parent} has not been evaluated yet: train on, or sample with --checkpoint=last")
     saved = load_checkpoint(path)
     device, dtype, _ = choose_device(args.device, saved["config"]["dtype"])
     model = model_from_checkpoint(saved).to(device)
     tokenizer = Tokenizer.from_dict(saved["tokenizer"])
     if args.probe:
-        args.num_samples = 64
+        args.num_samples, args.length = 64, 0
     prompt = torch.as_tensor(tokenizer.encode(args.prompt), device=device)
     length = args.length or 2 * model.config.block_size
     if len(prompt) >= length:

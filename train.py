@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -51,7 +52,7 @@ FLAGS = {
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, 12, ... epochs"),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all of it"),
     "eval_passes": (int, 2, 2, 2, "masks drawn for every evaluated block (diffusion); from 2 on their error is known"),
-    "final_passes": (int, 16, 8, 2, "the same for the evaluation after the last step"),
+    "final_passes": (int, 24, 8, 2, "the same for the evaluation after the last step"),
     "split": (str, "val", "val", ("val", "tune"), "held-out split: val to report, tune to choose settings by"),
     "device": (str, "auto", "auto", None, "auto, cpu, cuda, cuda:1, ..."),
     "dtype": (str, "auto", "auto", ("auto", "float32", "bfloat16"), "of the matrix products; weights are float32"),
@@ -66,7 +67,9 @@ def make_config(preset=None, **given):
 
     Raises UserError with the value and the remedy.
     """
-    preset = preset or ("gpu" if torch.cuda.is_available() else "laptop")
+    if preset is None:
+        device = given.get("device", "auto")
+        preset = "gpu" if device.startswith("cuda") or device == "auto" and torch.cuda.is_available() else "laptop"
     for name in sorted(set(given) - set(FLAGS)):
         raise UserError(f"unknown setting {name!r}: see python train.py --help")
     config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
@@ -165,8 +168,12 @@ def open_data(config):
     default = FLAGS["data"][1 if config["preset"] == "laptop" else 2]
     if not folder.exists() and config["data"] == default:
         print(f"{folder} is not there yet: preparing the default corpus")
-        prepare.prepare(vocab_size=int(default.rsplit("bpe")[1]), out=folder)
+        size = default.split("bpe")[1]
+        prepare.prepare(vocab_size=int(size), out=folder, command=f"python prepare.py --vocab_size={size}")
     data = prepare.load(folder)
+    known = [data.meta["tokenizer"], [data.meta["splits"][name]["sha256"] for name in prepare.SPLITS]]
+    if config.setdefault("data_sha256", sha := hashlib.sha256(json.dumps(known).encode()).hexdigest()) != sha:
+        raise UserError(f"{folder} is not the data that this run was trained on: prepare that again")
     there, U = len(data.splits["train"]), config["unique_tokens"] or len(data.splits["train"])
     if U > there:
         raise UserError(f"--unique_tokens={U}: {folder} has {there:,} training tokens; ask for fewer, or 0 for all")
@@ -192,7 +199,7 @@ def describe(config, data, tokens, blocks, model):
         "flops": 6 * model.num_params() * steps * B * T, "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,
         "unigram_entropy": -(p * p.log()).sum().item(), "eval_tokens": blocks.numel(),
         "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum()),
-        "data_sha256": data.meta["splits"]["train"]["sha256"], "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}}
 
 
@@ -214,27 +221,29 @@ class Interrupted(Exception):
     """A signal asked the run to end, and it has been saved; args: the signal's number, the run directory."""
 
 
-def show(record, objective):
+def show(record, objective, name="val"):
     """One line for one evaluation; the sign says whether the number is exact or a bound."""
-    sign, error = ("<=", f" ± {record['val_stderr']:.3f}") if objective == "diffusion" else ("=", "")
-    return (f"epoch {record['epoch']:7.2f}  train {record['train_loss']:.3f}  "
-            f"val {sign} {record['val_loss']:.3f}{error} nats/token, {sign} {record['val_bpb']:.3f} bits/byte")
+    sign, error = ("<=", f" ± {record[f'{name}_stderr']:.3f}") if objective == "diffusion" else ("=", "")
+    return f"val {sign} {record[f'{name}_loss']:.3f}{error} nats/token, {sign} {record[f'{name}_bpb']:.3f} bits/byte"
 
 
 def evaluation_steps(config):
     """The steps after which to evaluate: every eval_every epochs, or after 1, 1.5, 2, 3, 4, 6, ...; and the last."""
-    per_epoch = config["unique_tokens"] // config["block_size"] / config["batch_size"]
-    epochs = ([config["eval_every"] * i for i in range(1, int(config["epochs"] / config["eval_every"]) + 1)]
-              if config["eval_every"] else [m * 2**j for j in range(32) for m in (1, 1.5)])
-    return {s for e in epochs if 0 < (s := round(e * per_epoch)) < config["steps"]} | {config["steps"]}
+    steps, per_epoch = config["steps"], config["unique_tokens"] // config["block_size"] / config["batch_size"]
+    if config["eval_every"]:
+        every = max(1, config["eval_every"] * per_epoch)
+        due = {round(every * i) for i in range(1, int(steps / every) + 1)}
+    else:
+        due = {round(per_epoch * m * 2**j) for j in range(32) for m in (1, 1.5)}
+    return {step for step in due if 0 < step < steps} | {steps}
 
 
-def score(config, step, model, blocks, device, dtype):
-    """The held-out loss after a step, as it is logged: nats per token, its standard error, bits per byte."""
+def score(config, model, blocks, device, dtype, name="val", passes="eval_passes"):
+    """The held-out loss of a model, as it is logged: nats per token, its standard error, bits per byte."""
     with precision(device, dtype):
-        loss, stderr = evaluate(model, blocks, config["final_passes" if step == config["steps"] else "eval_passes"])
-    return {"val_loss": loss, "val_stderr": stderr,
-            "val_bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
+        loss, stderr = evaluate(model, blocks, config[passes])
+    return {f"{name}_loss": loss, f"{name}_stderr": stderr,
+            f"{name}_bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
 
 
 @contextlib.contextmanager
@@ -256,18 +265,18 @@ def train(config, saved=None, stop=lambda: 0):
     caller can mend, prepare.DataError for the corpus, Interrupted after a signal.
     """
     device, dtype, device_line = choose_device(config["device"], config["dtype"])
+    config = dict(config)
     data, tokens, blocks = open_data(config)
     out = Path(config["out"] or new_run_dir(config["objective"]))
     torch.manual_seed(derive(config["seed"], "weights"))
-    model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
+    try:
+        model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
+    except RuntimeError as error:
+        raise UserError(f"no memory for {config['n_layer']} layers of {config['n_embd']} channels: {error}") from None
     if saved:
-        if config["data_sha256"] != data.meta["splits"]["train"]["sha256"]:
-            raise UserError(f"{config['data']} is not the data that {out} was trained on: prepare that again to go on")
         state = saved["state"]
         model.load_state_dict(saved["model"])
     else:
-        if (out / "log.jsonl").exists():
-            raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
         state = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0, "best": None}
         config = config | {"out": str(out), "dtype": str(dtype).removeprefix("torch.")}
         config = describe(config, data, tokens, blocks, model)
@@ -292,15 +301,17 @@ def train(config, saved=None, stop=lambda: 0):
     def check(**values):
         if not all(map(math.isfinite, values.values())):
             raise UserError(f"{', '.join(f'{name} {value:.4g}' for name, value in values.items())} at step "
-                            f"{state['step']}, learning rate {lr:.2g}: try --lr={config['lr'] / 3:.2g}; "
+                            f"{state['step']}, learning rate {lr:.2g}: begin anew with --lr={config['lr'] / 3:.2g}; "
                             f"{out / 'last.pt'} holds the last good state")
 
     with run_directory(out), tqdm(total=steps * per_step, initial=state["step"] * per_step, unit="tok",
                                   unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+        if not saved:
+            if (out / "log.jsonl").exists():
+                raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
+            save("last.pt")  # before the log, so that whatever has a log can be resumed
         records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= state["step"]] or [{"config": config}]
         write_atomic(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
-        if not saved:
-            save("last.pt")
         while state["step"] < steps:
             lr = learning_rate(state["step"], steps, config["lr"])
             if config["dropout"]:
@@ -324,22 +335,28 @@ def train(config, saved=None, stop=lambda: 0):
             signum = stop()
             if state["step"] in due:
                 seen = state["step"] * per_step
-                record = {"epoch": seen / len(tokens), "step": state["step"], "tokens": seen,
-                          "flops": 6 * config["parameters"] * seen, "train_loss": loss_sum.item() / state["loss_steps"],
-                          **score(config, state["step"], model, blocks, device, dtype), "lr": lr,
+                record = {"epoch": seen / (len(tokens) // config["block_size"] * config["block_size"]),
+                          "step": state["step"], "tokens": seen, "flops": 6 * config["parameters"] * seen,
+                          "train_loss": loss_sum.item() / state["loss_steps"],
+                          **score(config, model, blocks, device, dtype), "lr": lr,
                           "seconds": round(time.perf_counter() - started, 1)}
                 check(train_loss=record["train_loss"], val_loss=record["val_loss"])
+                loss_sum.zero_()
+                state["loss_steps"] = 0
+                if state["best"] is None or record["val_loss"] < state["best"]["val_loss"]:
+                    state["best"] = dict(record)
+                    save("best.pt")
+                if state["step"] == steps:  # once more with more masks, alike for the final and the best model
+                    best = model_from_checkpoint(load_checkpoint(out / "best.pt")).to(device)
+                    for name, scored in (("final", model), ("best", best)):
+                        record |= score(config, scored, blocks, device, dtype, name, "final_passes")
                 records.append(record)
                 with open(out / "log.jsonl", "ab") as f:
                     f.write(json.dumps(record).encode() + b"\n")
                     f.flush()
                     os.fsync(f.fileno())
-                bar.write(show(record, config["objective"]))
-                loss_sum.zero_()
-                state["loss_steps"] = 0
-                if state["best"] is None or record["val_loss"] < state["best"]["val_loss"]:
-                    state["best"] = record
-                    save("best.pt")
+                bar.write(f"epoch {record['epoch']:7.2f}  train {record['train_loss']:.3f}  "
+                          + show(record, config["objective"]))
             if state["step"] in due or signum:
                 check(loss=loss_sum.item(), gradient_norm=norm.item())
                 save("last.pt")
@@ -353,20 +370,21 @@ def reopen(run, given, name="last.pt"):
     """The config and the checkpoint to resume a run with. Raises UserError if a given flag contradicts them."""
     saved = load_checkpoint(Path(run) / name)
     config = saved["config"]
-    different = [f"--{name}={value} (the run has {config[name]})" for name, value in given.items()
-                 if name not in FREE_ON_RESUME and value != config[name]]
+    if name == "last.pt" and "optimizers" not in saved:
+        raise UserError(f"{run}/last.pt has no optimizer state, so nothing can go on from it: is it a copy of best.pt?")
+    different = [f"--{key}={value} (the run has {config[key]})" for key, value in given.items()
+                 if key not in FREE_ON_RESUME and value != config[key]]
     if different:
         raise UserError(f"{run} can not go on with other settings: {', '.join(different)}; leave them out")
-    return config | {name: given[name] for name in FREE_ON_RESUME & set(given)} | {"out": str(run)}, saved
+    return config | {key: given[key] for key in FREE_ON_RESUME & set(given)} | {"out": str(run)}, saved
 
 
 def score_again(run, given):
     """Evaluate the best checkpoint of a run anew and print the result above what its log says."""
     config, saved = reopen(run, given, "best.pt")
     device, dtype, _ = choose_device(config["device"], config["dtype"])
-    best, blocks = saved["state"]["best"], open_data(config)[2]
-    record = score(config, best["step"], model_from_checkpoint(saved).to(device), blocks, device, dtype)
-    print(f"now {json.dumps(record)}\nlog {json.dumps({name: best[name] for name in record})}")
+    record = score(config, model_from_checkpoint(saved).to(device), open_data(config)[2], device, dtype)
+    print(f"now {json.dumps(record)}\nlog {json.dumps({key: saved['state']['best'][key] for key in record})}")
 
 
 def new_run_dir(objective):
@@ -377,7 +395,8 @@ def new_run_dir(objective):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=("laptop", "gpu"), help="values for all flags below (default: by device)")
+    parser.add_argument("--preset", choices=("laptop", "gpu"), default=argparse.SUPPRESS,
+                        help="values for all flags below (default: by device)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
     parser.add_argument("--eval_only", action="store_true", help="with --resume: score its checkpoints again and end")
     for name, (kind, laptop, gpu, _, text) in FLAGS.items():
@@ -390,17 +409,22 @@ def parse(argv):
 
 def main(argv=None):
     given = parse(argv)
-    preset, run, eval_only = given.pop("preset"), given.pop("resume"), given.pop("eval_only")
+    run, eval_only = given.pop("resume"), given.pop("eval_only")
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+
+    def note(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the first lets the step end and saves, a second ends at once
+
     try:
         if eval_only:
             if not run:
                 raise UserError("--eval_only scores a run that is there: name it with --resume=out/NAME")
             score_again(run, given)
             return 0
-        config, saved = reopen(run, given) if run else (make_config(preset, **given), None)
+        config, saved = reopen(run, given) if run else (make_config(**given), None)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
         records = train(config, saved, stop=lambda: signals[0] if signals else 0)
     except (UserError, prepare.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -410,12 +434,13 @@ def main(argv=None):
         return 2
     except Interrupted as stopped:
         number, out = stopped.args
-        print(f"\nsaved; go on with: python train.py --resume={out}")
+        print(f"\nsaved; go on with: python train.py --resume={shlex.quote(str(out))}")
         return 128 + number
-    config, rows = records[0]["config"], records[1:]
-    best = min(rows, key=lambda r: r["val_loss"])
-    print(f"best   {show(best, config['objective'])}\nfinal  {show(rows[-1], config['objective'])}\n"
-          f"curve in {config['out']}/loss.png; text from it: python sample.py --run={config['out']}")
+    objective, last = records[0]["config"]["objective"], records[-1]
+    best, out = min(records[1:], key=lambda r: r["val_loss"]), run or records[0]["config"]["out"]
+    print(f"best   epoch {best['epoch']:.4g}: {show(last, objective, 'best')}\n"
+          f"final  epoch {last['epoch']:.4g}: {show(last, objective, 'final')}\n"
+          f"curve in {out}/loss.png; text from it: python sample.py --run={shlex.quote(str(out))}")
     return 0
 
 

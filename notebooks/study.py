@@ -2,11 +2,13 @@
 
     python notebooks/study.py laptop --jobs=2      run what is not done yet, two at a time, resuming what was broken off
     python notebooks/study.py laptop --print       only print the plain commands, for a cluster's scheduler to take
+    python notebooks/study.py laptop --plot        draw notebooks/results/laptop.png from the logs that are there
 
 A finished run's log.jsonl is copied to notebooks/results/STUDY-NAME.jsonl as train.py wrote it; nothing is converted.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -39,6 +41,7 @@ def run(study, name, threads):
     if result.exists():
         return
     (ROOT / "out").mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     with open(ROOT / "out" / f"{study}-{name}.txt", "a") as output:
         done = subprocess.run([sys.executable, *command(study, name)[1:]], cwd=ROOT, stdout=output, stderr=output,
                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
@@ -47,12 +50,50 @@ def run(study, name, threads):
     print(f"{study}-{name}: {'done' if done.returncode == 0 else f'failed, see out/{study}-{name}.txt'}", flush=True)
 
 
+def read(study):
+    """The logs of a study: {name: (config, records)}, in the order of STUDIES, without runs that have not ended."""
+    logs = {}
+    for name in STUDIES[study]:
+        if (path := RESULTS / f"{study}-{name}.jsonl").exists():
+            first, *records = map(json.loads, path.read_text().splitlines())
+            logs[name] = first["config"], records
+    return logs
+
+
+def plot(study):
+    """Validation loss against epochs (FLOPs above) of every run of a study that compares ar and diffusion."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    styles = {"ar": ("--", "left to right (exact)"), "diffusion": ("-", "diffusion (bound)")}
+    logs = list(read(study).values())
+    for config, records in logs:
+        style, label = styles[config["objective"]]
+        ax.plot([r["epoch"] for r in records], [r["val_loss"] for r in records], style, color="black", lw=1,
+                label=label if config["seed"] == 1 else None)
+    lowest = min(r["val_loss"] for config, records in logs if config["objective"] == "ar" for r in records)
+    ax.axhline(lowest, color="0.6", lw=1, label=f"lowest point of left to right, {lowest:.3f}")
+    config, records = logs[0]
+    scale = records[-1]["flops"] / records[-1]["epoch"]
+    ax.set(xscale="log", xlabel="epochs", ylabel="validation, nats per token",
+           title=f"{config['parameters'] / 1e6:.1f}M parameters, {config['unique_tokens']:,} unique tokens, "
+                 f"{len(logs) // 2} seeds each")
+    ax.secondary_xaxis("top", functions=(lambda e: e * scale, lambda f: f / scale)).set_xlabel("FLOPs")
+    ax.legend(frameon=False)
+    fig.savefig(RESULTS / f"{study}.png", dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores [1]")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--plot", action="store_true", help="draw the curves of the finished runs")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.study)
+        return
     if args.print:
         print("\n".join(shlex.join(command(args.study, name)) for name in STUDIES[args.study]))
         return

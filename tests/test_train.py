@@ -217,7 +217,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_state(corpus, tmp_path):
-    with pytest.raises(UserError, match=r"at step \d+, learning rate .*try --lr"):
+    with pytest.raises(UserError, match=r"at step \d+, learning rate .*begin anew with --lr"):
         train.train(config(corpus, lr=1e18, epochs=20.0, out=str(tmp_path / "run")))
     kept = load_checkpoint(tmp_path / "run" / "last.pt")
     assert all(torch.isfinite(p).all() for p in kept["model"].values())
