@@ -60,6 +60,8 @@ class GPTConfig:
                             f"whole number of channels per head; try n_embd={self.n_head * 32}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: it must be at least 0 and under 1")
+        if 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > 1e12:
+            raise UserError(f"n_layer={self.n_layer} and n_embd={self.n_embd} make over 10^12 parameters: lower them")
         if not self.rope_base > 1:
             raise UserError(f"rope_base is {self.rope_base}: it must be over 1")
 

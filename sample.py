@@ -210,7 +210,7 @@ def probe(model, config, ids, context):
 def main(argv=None):
     try:
         run(parse(argv))
-    except (UserError, DataError) as error:
+    except (UserError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -77,7 +77,7 @@ def make_config(preset=None, **given):
         value = config[name]
         if isinstance(allowed, tuple) and value not in allowed:
             raise UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
-        if kind in (int, float) and not (math.isfinite(value) and allowed <= value < 2**62):
+        if kind in (int, float) and not allowed <= value < 2**62:
             raise UserError(f"--{name}={value}: it must be a number of at least {allowed}")
     if config["batch_size"] % 2:
         raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
@@ -129,7 +129,7 @@ def learning_rate(step, steps, peak):
 def read_log(path):
     """The records of a log.jsonl up to the first torn line (a crash can tear only the last)."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -238,12 +238,11 @@ def evaluation_steps(config):
     return {step for step in due if 0 < step < steps} | {steps}
 
 
-def score(config, model, blocks, device, dtype, name="val", passes="eval_passes"):
-    """The held-out loss of a model, as it is logged: nats per token, its standard error, bits per byte."""
+def score(config, model, blocks, device, dtype, passes="eval_passes"):
+    """The held-out loss of a model: nats per token, its standard error, bits per byte."""
     with precision(device, dtype):
         loss, stderr = evaluate(model, blocks, config[passes])
-    return {f"{name}_loss": loss, f"{name}_stderr": stderr,
-            f"{name}_bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
+    return {"loss": loss, "stderr": stderr, "bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
 
 
 @contextlib.contextmanager
@@ -288,7 +287,7 @@ def train(config, saved=None, stop=lambda: 0):
     run = torch.compile(model) if config["compile"] else model
     loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)  # stays there: to read it is to wait
     steps, per_step, due = config["steps"], config["batch_size"] * config["block_size"], evaluation_steps(config)
-    started = time.perf_counter() - state["seconds"]
+    started, begun = time.perf_counter() - state["seconds"], state["step"]
     print_header(config, device_line)
 
     def save(name):
@@ -307,10 +306,11 @@ def train(config, saved=None, stop=lambda: 0):
     with run_directory(out), tqdm(total=steps * per_step, initial=state["step"] * per_step, unit="tok",
                                   unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         if not saved:
-            if (out / "log.jsonl").exists():
+            if (out / "log.jsonl").exists() or (out / "last.pt").exists():
                 raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
             save("last.pt")  # before the log, so that whatever has a log can be resumed
-        records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= state["step"]] or [{"config": config}]
+        rows = {r["step"]: r for r in read_log(out / "log.jsonl") if isinstance(r, dict) and "step" in r}
+        records = [{"config": config}] + [row for step, row in rows.items() if step <= state["step"]]
         write_atomic(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
         while state["step"] < steps:
             lr = learning_rate(state["step"], steps, config["lr"])
@@ -332,14 +332,16 @@ def train(config, saved=None, stop=lambda: 0):
             state["step"] += 1
             state["loss_steps"] += 1
             bar.update(per_step)
+            if state["step"] == begun + 20:
+                minutes = (time.perf_counter() - started - state["seconds"]) / 20 * (steps - state["step"]) / 60
+                bar.write(f"about {minutes:.1f} minutes to go, evaluations not counted")
             signum = stop()
             if state["step"] in due:
                 seen = state["step"] * per_step
                 record = {"epoch": seen / (len(tokens) // config["block_size"] * config["block_size"]),
                           "step": state["step"], "tokens": seen, "flops": 6 * config["parameters"] * seen,
                           "train_loss": loss_sum.item() / state["loss_steps"],
-                          **score(config, model, blocks, device, dtype), "lr": lr,
-                          "seconds": round(time.perf_counter() - started, 1)}
+                          **{f"val_{k}": v for k, v in score(config, model, blocks, device, dtype).items()}, "lr": lr}
                 check(train_loss=record["train_loss"], val_loss=record["val_loss"])
                 loss_sum.zero_()
                 state["loss_steps"] = 0
@@ -347,9 +349,12 @@ def train(config, saved=None, stop=lambda: 0):
                     state["best"] = dict(record)
                     save("best.pt")
                 if state["step"] == steps:  # once more with more masks, alike for the final and the best model
-                    best = model_from_checkpoint(load_checkpoint(out / "best.pt")).to(device)
-                    for name, scored in (("final", model), ("best", best)):
-                        record |= score(config, scored, blocks, device, dtype, name, "final_passes")
+                    final = best = score(config, model, blocks, device, dtype, "final_passes")
+                    if state["best"]["step"] < steps:
+                        best = model_from_checkpoint(load_checkpoint(out / "best.pt")).to(device)
+                        best = score(config, best, blocks, device, dtype, "final_passes")
+                    record |= {f"final_{k}": v for k, v in final.items()} | {f"best_{k}": v for k, v in best.items()}
+                record["seconds"] = round(time.perf_counter() - started, 1)
                 records.append(record)
                 with open(out / "log.jsonl", "ab") as f:
                     f.write(json.dumps(record).encode() + b"\n")
@@ -370,6 +375,8 @@ def reopen(run, given, name="last.pt"):
     """The config and the checkpoint to resume a run with. Raises UserError if a given flag contradicts them."""
     saved = load_checkpoint(Path(run) / name)
     config = saved["config"]
+    if missing := set(FLAGS) - set(config):
+        raise UserError(f"{run}/{name} knows no --{min(missing)}: an older version wrote it, train it anew")
     if name == "last.pt" and "optimizers" not in saved:
         raise UserError(f"{run}/last.pt has no optimizer state, so nothing can go on from it: is it a copy of best.pt?")
     different = [f"--{key}={value} (the run has {config[key]})" for key, value in given.items()
@@ -383,8 +390,8 @@ def score_again(run, given):
     """Evaluate the best checkpoint of a run anew and print the result above what its log says."""
     config, saved = reopen(run, given, "best.pt")
     device, dtype, _ = choose_device(config["device"], config["dtype"])
-    record = score(config, model_from_checkpoint(saved).to(device), open_data(config)[2], device, dtype)
-    print(f"now {json.dumps(record)}\nlog {json.dumps({key: saved['state']['best'][key] for key in record})}")
+    now = score(config, model_from_checkpoint(saved).to(device), open_data(config)[2], device, dtype)
+    print(f"now {json.dumps(now)}\nlog {json.dumps({key: saved['state']['best'][f'val_{key}'] for key in now})}")
 
 
 def new_run_dir(objective):

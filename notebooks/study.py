@@ -78,7 +78,7 @@ def plot(study):
     scale = records[-1]["flops"] / records[-1]["epoch"]
     ax.set(xscale="log", xlabel="epochs", ylabel="validation, nats per token",
            title=f"{config['parameters'] / 1e6:.1f}M parameters, {config['unique_tokens']:,} unique tokens, "
-                 f"{len(logs) // 2} seeds each")
+                 f"{len(logs) // 2} seed{'s' * (len(logs) > 2)} each")
     ax.secondary_xaxis("top", functions=(lambda e: e * scale, lambda f: f / scale)).set_xlabel("FLOPs")
     ax.legend(frameon=False)
     fig.savefig(RESULTS / f"{study}.png", dpi=120)

@@ -1,5 +1,38 @@
-"""One thread a process: the networks of the tests are so small that threads would only wait for each other."""
+"""What several tests share: small networks, and the loss along every order of their tokens.
 
+One thread a process, as the networks are so small that threads would only wait for each other.
+"""
+
+import itertools
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the commands that tests start
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from model import GPT, GPTConfig  # noqa: E402
+
+
+def tiny(objective, V=3, T=5, seed=0, **shape):
+    """A random network whose predictions are far from uniform, in float64 so that sums can be compared closely."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(objective, V, T, **({"n_layer": 2, "n_head": 2, "n_embd": 16} | shape))).double().eval()
+    for p in model.parameters():
+        p.data *= 20 if p.dim() == 2 else 1
+    return model
+
+
+def any_order_losses(model, x):
+    """The chain rule along every order of revealing the tokens: (T!,) -log p in nats per token; x: (T,)."""
+    T, V = len(x), model.config.vocab_size
+    losses = []
+    with torch.no_grad():
+        for order in itertools.permutations(range(T)):
+            seen, total = torch.full((T,), V), 0.0
+            for i in order:
+                total += F.cross_entropy(model.logits(seen[None])[0, i], x[i]).item()
+                seen = seen.clone()
+                seen[i] = x[i]
+            losses.append(total / T)
+    return torch.tensor(losses, dtype=torch.float64)

@@ -8,16 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import any_order_losses, tiny
 from model import GPT, GPTConfig, chain_rule_nll, conditional_nll, draw_mask, evaluate, standard_error
-
-
-def tiny(objective, V=3, T=5, seed=0, **shape):
-    """A random network whose predictions are far from uniform, in float64 so that sums can be compared closely."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(objective, V, T, **({"n_layer": 2, "n_head": 2, "n_embd": 16} | shape))).double().eval()
-    for p in model.parameters():
-        p.data *= 20 if p.dim() == 2 else 1
-    return model
 
 
 def uniform(objective, V=7, T=6):
@@ -69,21 +61,6 @@ def paper_expectation(model, x, per_block):
     k = masks.sum(1)
     return sum(w * (t**k * (1 - t) ** (T - k) * per_block(nll, masks, t)).sum()
                for t, w in zip(nodes, weights, strict=True))
-
-
-def any_order_losses(model, x):
-    """The chain rule along every order of revealing the tokens: (T!,) -log p in nats per token; x: (T,)."""
-    T, V = len(x), model.config.vocab_size
-    losses = []
-    with torch.no_grad():
-        for order in itertools.permutations(range(T)):
-            seen, total = torch.full((T,), V), 0.0
-            for i in order:
-                total += F.cross_entropy(model.logits(seen[None])[0, i], x[i]).item()
-                seen = seen.clone()
-                seen[i] = x[i]
-            losses.append(total / T)
-    return torch.tensor(losses, dtype=torch.float64)
 
 
 # ----- the flag changes only the objective

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import prepare
+from conftest import any_order_losses, tiny
 from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
 from sample import memorised, multiple_choice, pick, questions, sample_ar, sample_diffusion, unmask
-from test_model import any_order_losses, tiny
 
 
 def generator(seed=0):

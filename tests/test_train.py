@@ -1,6 +1,8 @@
 """The loop: the same batches for both objectives, exact resume, and the commands as a person runs them."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 import prepare
 import train
-from model import GPT, GPTConfig, UserError, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, UserError, digest, evaluate, load_checkpoint, model_from_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "unique_tokens": 1024,
@@ -89,6 +91,7 @@ def test_evaluations_come_every_so_often_or_in_ever_larger_steps(corpus):
     base = config(corpus) | {"unique_tokens": 1280, "steps": 100, "epochs": 10.0}  # 10 steps an epoch
     assert sorted(train.evaluation_steps(base | {"eval_every": 2.5})) == [25, 50, 75, 100]
     assert sorted(train.evaluation_steps(base | {"eval_every": 0.0})) == [10, 15, 20, 30, 40, 60, 80, 100]
+    assert len(train.evaluation_steps(base | {"eval_every": 1e-300})) == 100  # more often than every step is every step
 
 
 # ----- runs
@@ -107,6 +110,34 @@ def test_training_learns_and_logs(corpus, tmp_path, objective):
     on_disk = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert on_disk == json.loads(json.dumps(records))
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bits_per_byte_by_hand(tmp_path):
+    """Every letter is two bytes, and an end of text none: the bits of all tokens over the bytes of the letters."""
+    letters = np.random.default_rng(0).choice(list("äöüéñ\n"), 20000)
+    (tmp_path / "text.txt").write_text("".join(letters))
+    prepare.prepare(inputs=[tmp_path / "text.txt"], tokenizer="char", out=tmp_path / "data")
+    records = train.train(config(tmp_path / "data", epochs=0.5, eval_blocks=0, out=str(tmp_path / "run")))
+    ids = prepare.load(tmp_path / "data").splits["val"]
+    scored = prepare.load(tmp_path / "data").tokenizer.decode(ids[:len(ids) // 16 * 16])
+    breaks, ends = scored.count("\n"), scored.count("<|endoftext|>")
+    nbytes = 2 * (len(ids) // 16 * 16 - breaks - ends) + breaks
+    assert ends > 0 and records[0]["config"]["eval_bytes"] == nbytes
+    bits = records[1]["val_loss"] * (len(ids) // 16 * 16) / np.log(2)
+    assert records[1]["val_bpb"] == pytest.approx(bits / nbytes)
+
+
+def test_best_and_final_are_scored_on_the_same_masks_in_the_end(corpus, tmp_path):
+    records = train.train(config(corpus, eval_every=1.0, out=str(tmp_path / "run")))
+    first, last = records[0]["config"], records[-1]
+    blocks = train.open_data(first)[2]
+    for name, checkpoint in (("final", "last.pt"), ("best", "best.pt")):
+        model = model_from_checkpoint(load_checkpoint(tmp_path / "run" / checkpoint))
+        assert (last[f"{name}_loss"], last[f"{name}_stderr"]) == evaluate(model, blocks, first["final_passes"])
+    curve = [r["val_loss"] for r in records[1:]]
+    best = load_checkpoint(tmp_path / "run" / "best.pt")["state"]
+    assert best["best"]["val_loss"] == min(curve) == curve[best["step"] // 8 - 1]
+    assert last["final_stderr"] < 0.5 * last["val_stderr"]  # 24 masks a block against 2
 
 
 def test_evaluating_often_or_never_changes_no_weight(corpus, tmp_path):
@@ -162,6 +193,7 @@ def test_the_commands_from_text_to_samples(tmp_path):
     ({"lr": float("nan")}, "lr=nan"), ({"epochs": 0.0}, "epochs=0"), ({"n_head": 3}, "n_head=3"),
     ({"objective": "bert"}, "objective=bert"), ({"optimizer": "sgd"}, "optimizer=sgd"), ({"dropout": 1.5}, "dropout"),
     ({"eval_passes": 1}, "eval_passes=1"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "tpu!"}, "tpu!"),
+    ({"device": "meta"}, "meta"),
     ({"unknown": 1}, "unknown"), ({"data": "nowhere"}, "nowhere"), ({"split": "test"}, "split=test")])
 def test_wrong_settings_are_named(corpus, tmp_path, given, named):
     with pytest.raises((UserError, prepare.DataError), match=named):
@@ -194,6 +226,28 @@ def test_resume_refuses_other_flags_and_other_data(corpus, tmp_path):
     settings, saved = train.reopen(tmp_path / "run", {})
     with pytest.raises(UserError, match="not the data"):
         train.train(settings | {"data_sha256": "0" * 64}, saved)
+
+
+def test_a_change_of_the_held_out_text_alone_is_noticed_too(corpus, tmp_path):
+    """Anything in the folder that a number rests on: here one id of val, with its hash made to fit."""
+    shutil.copytree(corpus, tmp_path / "data")
+    train.train(config(tmp_path / "data", epochs=0.5, out=str(tmp_path / "run")))
+    ids = np.fromfile(tmp_path / "data" / "val.bin", dtype="<u2")
+    ids[5] = (ids[5] + 1) % 8
+    ids.tofile(tmp_path / "data" / "val.bin")
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    meta["splits"]["val"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="not the data"):
+        train.train(*train.reopen(tmp_path / "run", {}))
+    with pytest.raises(UserError, match="not the data"):
+        train.score_again(tmp_path / "run", {})
+
+
+def test_digests_tell_nested_values_apart():
+    values = [[1, 23], [12, 3], {"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "c": 2}}, {"a": 1}, [["a", 1]], torch.ones(2),
+              torch.ones(2, 1), torch.ones(2, dtype=torch.float64), [1.0, 1.0], "[2]", None]
+    assert len({digest(value) for value in values}) == len(values)
 
 
 def test_damaged_checkpoints_are_refused(tmp_path):
