@@ -67,7 +67,7 @@ class GPTConfig:
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D)."""
+    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D)."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -134,12 +134,12 @@ class GPT(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def hidden(self, idx):
-        """Token ids (B, T) in 0..V to final hidden states (B, T, C)."""
-        T = idx.shape[1]
+    def hidden(self, idx, position=None):
+        """Token ids (B, T) in 0..V to final hidden states (B, T, C). position: (B, T) where they stand, if not 0..T-1."""
+        cos, sin = (t[: idx.shape[1]] if position is None else t[position][:, None] for t in (self.cos, self.sin))
         x = self.drop(self.embed(idx))  # (B, T, C)
         for block in self.blocks:
-            x = block(x, self.cos[:T], self.sin[:T])
+            x = block(x, cos, sin)
         return self.norm(x)
 
     def head(self, h):
@@ -150,17 +150,19 @@ class GPT(nn.Module):
         """Token ids (B, T) to logits (B, T, V): of the next token at each position for AR, of its own for diffusion."""
         return self.head(self.hidden(idx))
 
-    def forward(self, x, mask=None, index=None):
+    def forward(self, x, mask=None, index=None, seen=None, position=None):
         """The objective: -log p of each block, (B,) in nats per token. Its mean is the training loss.
 
         x: (B, T) token ids in 0..V-1. mask (diffusion only): (B, T) bool, True where hidden, at least one a row; index:
-        (M,) positions of its True values in the flattened mask, given so that a GPU need not wait for a count.
+        (M,) positions of its True values in the flattened mask, given so that a GPU need not wait for a count. seen (AR
+        only): (B, T) what the network reads in place of x, ids in 0..V; position: see hidden.
         """
         B, T = x.shape
         V = self.config.vocab_size
         if self.config.objective == "ar":
-            past = F.pad(x[:, :-1], (1, 0), value=V)  # [AR] the start symbol, then every token but the last
-            nll = F.cross_entropy(self.head(self.hidden(past)).flatten(0, 1), x.flatten(), reduction="none")  # (B T,)
+            past = F.pad((x if seen is None else seen)[:, :-1], (1, 0), value=V)  # [AR] the start, all but the last
+            h = self.hidden(past, position)
+            nll = F.cross_entropy(self.head(h).flatten(0, 1), x.flatten(), reduction="none")  # (B T,)
             return nll.view(B, T).mean(1)  # [AR] every token is scored
         index = mask.flatten().nonzero().squeeze(1) if index is None else index  # (M,)
         h = self.hidden(x.masked_fill(mask, V)).flatten(0, 1)[index]  # [DIFFUSION] (M, C): masked tokens only

@@ -24,6 +24,19 @@ STUDIES = {
     # name of the study: {name of the run: flags of train.py}
     "laptop": {f"{objective}-s{seed}": f"--preset=laptop --objective={objective} --epochs=100 --seed={seed}"
                for seed in (1, 2, 3) for objective in ("ar", "diffusion")},
+    # the laptop preset tuned for each objective on the tuning split, one setting at a time; e: epochs, d: dropout
+    "search-ar": {name: f"--preset=laptop --objective=ar --split=tune {flags}" for name, flags in {
+        "e16": "--epochs=16", "e16-lr.001": "--epochs=16 --lr=0.001", "e16-lr.004": "--epochs=16 --lr=0.004",
+        "e8": "--epochs=8", "e24": "--epochs=24",
+        "e24-d.1": "--epochs=24 --dropout=0.1", "e24-d.2": "--epochs=24 --dropout=0.2",
+        "e24-d.3": "--epochs=24 --dropout=0.3", "e24-wd.4": "--epochs=24 --weight_decay=0.4",
+        "e24-wd1.6": "--epochs=24 --weight_decay=1.6", "e24-wd3.2": "--epochs=24 --weight_decay=3.2",
+    }.items()},
+    "search-diffusion": {name: f"--preset=laptop --objective=diffusion --split=tune --epochs=100 {flags}"
+                         for name, flags in {
+        "e100": "", "e100-lr.004": "--lr=0.004", "e100-d.1": "--dropout=0.1", "e100-wd.4": "--weight_decay=0.4",
+        "e100-wd1.6": "--weight_decay=1.6", "e100-lr.001": "--lr=0.001",
+    }.items()},
 }
 
 
