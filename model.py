@@ -27,9 +27,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 OBJECTIVES = ("ar", "diffusion")
 FORMAT = "ambigpt-checkpoint-1"
+MAX_LOGITS = 2**27  # logits to hold at a time, half a gigabyte: see GPT.nll
 
 
 class UserError(ValueError):
@@ -135,7 +137,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
     def hidden(self, idx, position=None):
-        """Token ids (B, T) in 0..V to final hidden states (B, T, C). position: (B, T) where they stand, if not 0..T-1."""
+        """Token ids (B, T) in 0..V to final hidden states (B, T, C). position: (B, T), places if not 0..T-1."""
         cos, sin = (t[: idx.shape[1]] if position is None else t[position][:, None] for t in (self.cos, self.sin))
         x = self.drop(self.embed(idx))  # (B, T, C)
         for block in self.blocks:
@@ -150,6 +152,21 @@ class GPT(nn.Module):
         """Token ids (B, T) to logits (B, T, V): of the next token at each position for AR, of its own for diffusion."""
         return self.head(self.hidden(idx))
 
+    def nll(self, h, target):
+        """-log p in nats, (M,), of target (M,) from hidden states h (M, C).
+
+        More than MAX_LOGITS logits are done in parts and computed again in the backward pass instead of kept: with a
+        vocabulary of 50257 they, and not the network, would fill the memory.
+        """
+        def score(h, target):
+            return F.cross_entropy(self.head(h), target, reduction="none")
+
+        rows = max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(h) <= rows:
+            return score(h, target)
+        return torch.cat([checkpoint(score, *part, use_reentrant=False)
+                          for part in zip(h.split(rows), target.split(rows), strict=True)])
+
     def forward(self, x, mask=None, index=None, seen=None, position=None):
         """The objective: -log p of each block, (B,) in nats per token. Its mean is the training loss.
 
@@ -161,12 +178,11 @@ class GPT(nn.Module):
         V = self.config.vocab_size
         if self.config.objective == "ar":
             past = F.pad((x if seen is None else seen)[:, :-1], (1, 0), value=V)  # [AR] the start, all but the last
-            h = self.hidden(past, position)
-            nll = F.cross_entropy(self.head(h).flatten(0, 1), x.flatten(), reduction="none")  # (B T,)
+            nll = self.nll(self.hidden(past, position).flatten(0, 1), x.flatten())  # (B T,)
             return nll.view(B, T).mean(1)  # [AR] every token is scored
         index = mask.flatten().nonzero().squeeze(1) if index is None else index  # (M,)
         h = self.hidden(x.masked_fill(mask, V)).flatten(0, 1)[index]  # [DIFFUSION] (M, C): masked tokens only
-        nll = F.cross_entropy(self.head(h), x.flatten()[index], reduction="none")  # (M,)
+        nll = self.nll(h, x.flatten()[index])  # (M,)
         row = index // T
         return nll.new_zeros(B).index_add(0, row, nll / mask.sum(1)[row])  # [DIFFUSION] mean over the k of each block
 

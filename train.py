@@ -22,19 +22,12 @@ import shlex
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
-
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import prepare
-from model import OBJECTIVES, UserError, choose_device, draw_mask, evaluate, load_checkpoint, make_model
-from model import make_optimizers, model_from_checkpoint, precision, save_checkpoint, write_atomic
 
 FLAGS = {
     # name: (type, laptop, gpu, what is allowed: the choices or the least value, help)
-    "objective": (str, "diffusion", "diffusion", OBJECTIVES, "ar: predict the next token; diffusion: fill in masks"),
+    "objective": (str, "diffusion", "diffusion", ("ar", "diffusion"), "ar: the next token; diffusion: fill in masks"),
     "data": (str, "data/sotu-bpe512", "data/sotu-bpe4096", None, "folder that prepare.py made"),
     "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens only; 0: on all"),
     "epochs": (float, 100.0, 200.0, 1e-6, "passes over the unique tokens"),
@@ -49,6 +42,8 @@ FLAGS = {
     "lr": (float, 2e-3, 2e-3, 1e-9, "peak learning rate, after 1 % of the steps; then a cosine down to a tenth"),
     "weight_decay": (float, 0.1, 0.1, 0, "decoupled, on the matrices and the embedding"),
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
+    "hide": (float, 0.0, 0.0, 0, "ar: share of the tokens it reads that are hidden, behind the start symbol"),
+    "replace": (float, 0.0, 0.0, 0, "ar: share of the tokens it reads that are replaced by random ones"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, 12, ... epochs"),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all of it"),
     "eval_passes": (int, 2, 2, 2, "masks drawn for every evaluated block (diffusion); from 2 on their error is known"),
@@ -59,6 +54,34 @@ FLAGS = {
     "compile": (bool, False, True, None, "run through torch.compile"),
     "out": (str, "", "", None, "run directory; default: a new one under out/"),
 }
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", choices=("laptop", "gpu"), default=argparse.SUPPRESS,
+                        help="values for all flags below (default: by device)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+    parser.add_argument("--eval_only", action="store_true", help="with --resume: score its checkpoints again and end")
+    for name, (kind, laptop, gpu, _, text) in FLAGS.items():
+        default = f"{laptop}" if laptop == gpu else f"laptop {laptop}, gpu {gpu}"
+        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        help_line = f"{text} [{default}]".replace("%", "%%")
+        parser.add_argument(f"--{name}", help=help_line, default=argparse.SUPPRESS, **extra)
+    return vars(parser.parse_args(argv))
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse(sys.argv[1:])  # help comes at once: importing torch takes a second or two
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import prepare
+from model import UserError, choose_device, draw_mask, evaluate, load_checkpoint, make_model
+from model import make_optimizers, model_from_checkpoint, precision, save_checkpoint, write_atomic
+
 FREE_ON_RESUME = {"out", "device", "compile"}  # what may differ between a run and its resumption
 
 
@@ -81,6 +104,9 @@ def make_config(preset=None, **given):
             raise UserError(f"--{name}={value}: it must be a number of at least {allowed}")
     if config["batch_size"] % 2:
         raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
+    if (noise := config["hide"] + config["replace"]) > 1 or noise and config["objective"] != "ar":
+        raise UserError(f"--hide={config['hide']} --replace={config['replace']}: shares of what an AR model reads, "
+                        "together at most 1; diffusion hides tokens anyway")
     return {"preset": preset} | config
 
 
@@ -106,15 +132,37 @@ def batch_starts(seed, step, U, T, B):
     return np.array([epoch_order(seed, i // n, U, T)[i % n] for i in range(step * B, (step + 1) * B)])
 
 
-def get_batch(config, tokens, step):
-    """What a step learns from, on the device of tokens (U,): blocks (B, T); for diffusion masks and their index."""
+def get_batch(config, tokens, step, rows=slice(None)):
+    """What a step learns from, as arguments of GPT.forward, on the device of tokens (U,): blocks (B, T) and more.
+
+    Diffusion gets masks and their index, AR what it reads if some of that is to be hidden or replaced. rows: the part
+    of the batch that is wanted, from an even row to an even row.
+    """
     seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
-    start = torch.from_numpy(batch_starts(seed, step, U, T, B)).to(tokens.device)  # (B,)
+    start = torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]).to(tokens.device)  # (B,)
     x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
-    if config["objective"] == "ar":
-        return x, None, None  # [AR]
-    mask = draw_mask(B, T, torch.Generator().manual_seed(derive(seed, "mask", step)))  # [DIFFUSION]
-    return x, mask.to(tokens.device), mask.flatten().nonzero().squeeze(1).to(tokens.device)
+    if config["objective"] == "diffusion":
+        mask = draw_mask(B, T, torch.Generator().manual_seed(derive(seed, "mask", step)))[rows]  # [DIFFUSION]
+        return {"x": x, "mask": mask.to(x.device), "index": mask.flatten().nonzero().squeeze(1).to(x.device)}
+    if not config["hide"] + config["replace"]:
+        return {"x": x}  # [AR]
+    V, rng = config["vocab_size"], np.random.default_rng(derive(seed, "noise", step))
+    u, other = (torch.from_numpy(a[rows]).to(x.device) for a in (rng.random((B, T)), rng.integers(V, size=(B, T))))
+    seen = torch.where(u < config["hide"], V, torch.where(u > 1 - config["replace"], other, x))
+    return {"x": x, "seen": seen}  # [AR]
+
+
+def compiled(model, batch, device, dtype):
+    """The model through torch.compile, tried on a batch; where that fails the model itself, and a line that says so."""
+    run = torch.compile(model)
+    try:
+        with precision(device, dtype):
+            run(**batch).mean().backward()
+    except Exception as error:  # no compiler, no backend for this system, ...: all mean the same to us
+        print(f"--compile does not work here: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        run = model
+    model.zero_grad()
+    return run
 
 
 def learning_rate(step, steps, peak):
@@ -245,6 +293,13 @@ def score(config, model, blocks, device, dtype, passes="eval_passes"):
     return {"loss": loss, "stderr": stderr, "bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
 
 
+def agreed(number, device):
+    """The largest of the numbers that the processes bring, the same for all of them."""
+    number = torch.tensor(number, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
 @contextlib.contextmanager
 def run_directory(out):
     """Make the directory of a run and hold it; the lock goes when the process does, however that ends."""
@@ -257,15 +312,35 @@ def run_directory(out):
         yield
 
 
-def train(config, saved=None, stop=lambda: 0):
+def join_processes(config):
+    """(rank, world) of this process under torchrun, (0, 1) without. Raises UserError if the batch can not be shared."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if config["batch_size"] % (2 * world):
+        raise UserError(f"--batch_size={config['batch_size']}: {world} processes need a multiple of {2 * world}")
+    if world > 1:
+        if gpu := torch.cuda.is_available() and config["device"] in ("auto", "cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not dist.is_initialized():  # an hour, as the others wait while rank 0 prepares a corpus or evaluates
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+    return rank, world
+
+
+def train(config, saved=None, stop=lambda: 0, batch=None):
     """Run what make_config describes, or go on from a saved checkpoint; return the log, a list of records.
 
-    stop() is asked after every step and returns the number of a signal to end on, or 0. Raises UserError for what the
-    caller can mend, prepare.DataError for the corpus, Interrupted after a signal.
+    stop() is asked after every step and returns the number of a signal to end on, or 0. batch: in place of get_batch,
+    for experiments. Under torchrun every process computes its rows of each batch; rank 0 alone evaluates and writes.
+    Raises UserError for what the caller can mend, prepare.DataError for the corpus, Interrupted after a signal.
     """
+    rank, world = join_processes(config)
+    batch = batch or get_batch
     device, dtype, device_line = choose_device(config["device"], config["dtype"])
     config = dict(config)
+    if rank:
+        dist.barrier()  # rank 0 first: it prepares a corpus that is not there yet
     data, tokens, blocks = open_data(config)
+    if world > 1 and not rank:
+        dist.barrier()
     out = Path(config["out"] or new_run_dir(config["objective"]))
     torch.manual_seed(derive(config["seed"], "weights"))
     try:
@@ -277,18 +352,20 @@ def train(config, saved=None, stop=lambda: 0):
         model.load_state_dict(saved["model"])
     else:
         state = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0, "best": None}
-        config = config | {"out": str(out), "dtype": str(dtype).removeprefix("torch.")}
+        config = config | {"out": str(out), "dtype": str(dtype).removeprefix("torch."), "processes": world}
         config = describe(config, data, tokens, blocks, model)
     model.to(device)
     tokens = tokens.to(device)
     optimizers = make_optimizers(model, config["optimizer"], config["lr"], config["weight_decay"])
     for optimizer, values in zip(optimizers, saved["optimizers"] if saved else [], strict=bool(saved)):
         optimizer.load_state_dict(values)
-    run = torch.compile(model) if config["compile"] else model
+    steps, B, due = config["steps"], config["batch_size"], evaluation_steps(config)
+    rows, per_step = slice(rank * B // world, (rank + 1) * B // world), B * config["block_size"]
+    run = compiled(model, batch(config, tokens, 0, rows), device, dtype) if config["compile"] else model
+    if world > 1:
+        run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False)
     loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)  # stays there: to read it is to wait
-    steps, per_step, due = config["steps"], config["batch_size"] * config["block_size"], evaluation_steps(config)
     started, begun = time.perf_counter() - state["seconds"], state["step"]
-    print_header(config, device_line)
 
     def save(name):
         state.update(loss_sum=loss_sum.item(), seconds=time.perf_counter() - started)
@@ -303,24 +380,56 @@ def train(config, saved=None, stop=lambda: 0):
                             f"{state['step']}, learning rate {lr:.2g}: begin anew with --lr={config['lr'] / 3:.2g}; "
                             f"{out / 'last.pt'} holds the last good state")
 
-    with run_directory(out), tqdm(total=steps * per_step, initial=state["step"] * per_step, unit="tok",
-                                  unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-        if not saved:
-            if (out / "log.jsonl").exists() or (out / "last.pt").exists():
-                raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
-            save("last.pt")  # before the log, so that whatever has a log can be resumed
-        rows = {r["step"]: r for r in read_log(out / "log.jsonl") if isinstance(r, dict) and "step" in r}
-        records = [{"config": config}] + [row for step, row in rows.items() if step <= state["step"]]
-        write_atomic(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
+    def report():
+        """Evaluate, keep the best checkpoint, log one record."""
+        seen = state["step"] * per_step
+        record = {"epoch": seen / (len(tokens) // config["block_size"] * config["block_size"]),
+                  "step": state["step"], "tokens": seen, "flops": 6 * config["parameters"] * seen,
+                  "train_loss": loss_sum.item() / state["loss_steps"],
+                  **{f"val_{k}": v for k, v in score(config, model, blocks, device, dtype).items()}, "lr": lr}
+        check(train_loss=record["train_loss"], val_loss=record["val_loss"])
+        loss_sum.zero_()
+        state["loss_steps"] = 0
+        if state["best"] is None or record["val_loss"] < state["best"]["val_loss"]:
+            state["best"] = dict(record)
+            save("best.pt")
+        if state["step"] == steps:  # once more with more masks, alike for the final and the best model
+            final = best = score(config, model, blocks, device, dtype, "final_passes")
+            if state["best"]["step"] < steps:
+                best = model_from_checkpoint(load_checkpoint(out / "best.pt")).to(device)
+                best = score(config, best, blocks, device, dtype, "final_passes")
+            record |= {f"final_{k}": v for k, v in final.items()} | {f"best_{k}": v for k, v in best.items()}
+        record["seconds"] = round(time.perf_counter() - started, 1)
+        records.append(record)
+        with open(out / "log.jsonl", "ab") as f:
+            f.write(json.dumps(record).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+        bar.write(f"epoch {record['epoch']:7.2f}  train {record['train_loss']:.3f}  "
+                  + show(record, config["objective"]))
+
+    with (contextlib.nullcontext() if rank else run_directory(out),
+          tqdm(total=steps * per_step, initial=begun * per_step, unit="tok", unit_scale=True,
+               disable=True if rank else None, dynamic_ncols=True) as bar):
+        if not rank:
+            print_header(config, device_line)
+            if not saved:
+                if (out / "log.jsonl").exists() or (out / "last.pt").exists():
+                    raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
+                save("last.pt")  # before the log, so that whatever has a log can be resumed
+            logged = {r["step"]: r for r in read_log(out / "log.jsonl") if isinstance(r, dict) and "step" in r}
+            records = [{"config": config}] + [row for step, row in logged.items() if step <= begun]
+            write_atomic(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
         while state["step"] < steps:
             lr = learning_rate(state["step"], steps, config["lr"])
             if config["dropout"]:
-                torch.manual_seed(derive(config["seed"], "dropout", state["step"]))
+                torch.manual_seed(derive(config["seed"], "dropout", state["step"], rank))
             with precision(device, dtype):
-                loss = run(*get_batch(config, tokens, state["step"])).mean()
+                loss = run(**batch(config, tokens, state["step"], rows)).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if device.type == "cpu" or state["step"] % 50 == 0:  # a GPU has to wait for the answer: not every step
+            look = device.type == "cpu" or state["step"] % 50 == 0  # a GPU has to wait for an answer: not every step
+            if look:
                 check(loss=loss.item(), gradient_norm=norm.item())
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             for optimizer in optimizers:
@@ -332,41 +441,27 @@ def train(config, saved=None, stop=lambda: 0):
             state["step"] += 1
             state["loss_steps"] += 1
             bar.update(per_step)
-            if state["step"] == begun + 20:
+            if state["step"] == begun + 20 and not rank:
                 minutes = (time.perf_counter() - started - state["seconds"]) / 20 * (steps - state["step"]) / 60
                 bar.write(f"about {minutes:.1f} minutes to go, evaluations not counted")
             signum = stop()
-            if state["step"] in due:
-                seen = state["step"] * per_step
-                record = {"epoch": seen / (len(tokens) // config["block_size"] * config["block_size"]),
-                          "step": state["step"], "tokens": seen, "flops": 6 * config["parameters"] * seen,
-                          "train_loss": loss_sum.item() / state["loss_steps"],
-                          **{f"val_{k}": v for k, v in score(config, model, blocks, device, dtype).items()}, "lr": lr}
-                check(train_loss=record["train_loss"], val_loss=record["val_loss"])
-                loss_sum.zero_()
-                state["loss_steps"] = 0
-                if state["best"] is None or record["val_loss"] < state["best"]["val_loss"]:
-                    state["best"] = dict(record)
-                    save("best.pt")
-                if state["step"] == steps:  # once more with more masks, alike for the final and the best model
-                    final = best = score(config, model, blocks, device, dtype, "final_passes")
-                    if state["best"]["step"] < steps:
-                        best = model_from_checkpoint(load_checkpoint(out / "best.pt")).to(device)
-                        best = score(config, best, blocks, device, dtype, "final_passes")
-                    record |= {f"final_{k}": v for k, v in final.items()} | {f"best_{k}": v for k, v in best.items()}
-                record["seconds"] = round(time.perf_counter() - started, 1)
-                records.append(record)
-                with open(out / "log.jsonl", "ab") as f:
-                    f.write(json.dumps(record).encode() + b"\n")
-                    f.flush()
-                    os.fsync(f.fileno())
-                bar.write(f"epoch {record['epoch']:7.2f}  train {record['train_loss']:.3f}  "
-                          + show(record, config["objective"]))
+            if world > 1:  # all end after the same step
+                signum = agreed(signum, device) if look else 0
             if state["step"] in due or signum:
+                if world > 1:
+                    dist.all_reduce(loss_sum)
+                    loss_sum /= world
                 check(loss=loss_sum.item(), gradient_norm=norm.item())
-                save("last.pt")
+                if rank:
+                    loss_sum.zero_()
+                else:
+                    if state["step"] in due:
+                        report()
+                    save("last.pt")
             if signum and state["step"] < steps:
                 raise Interrupted(signum, out)
+    if rank:
+        return []
     plot_losses(records, out / "loss.png")
     return records
 
@@ -400,20 +495,6 @@ def new_run_dir(objective):
     return next(path for path in paths if not path.exists())
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=("laptop", "gpu"), default=argparse.SUPPRESS,
-                        help="values for all flags below (default: by device)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
-    parser.add_argument("--eval_only", action="store_true", help="with --resume: score its checkpoints again and end")
-    for name, (kind, laptop, gpu, _, text) in FLAGS.items():
-        default = f"{laptop}" if laptop == gpu else f"laptop {laptop}, gpu {gpu}"
-        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        help_line = f"{text} [{default}]".replace("%", "%%")
-        parser.add_argument(f"--{name}", help=help_line, default=argparse.SUPPRESS, **extra)
-    return vars(parser.parse_args(argv))
-
-
 def main(argv=None):
     given = parse(argv)
     run, eval_only = given.pop("resume"), given.pop("eval_only")
@@ -441,8 +522,20 @@ def main(argv=None):
         return 2
     except Interrupted as stopped:
         number, out = stopped.args
-        print(f"\nsaved; go on with: python train.py --resume={shlex.quote(str(out))}")
+        if not int(os.environ.get("RANK", 0)):
+            print(f"\nsaved; go on with: python train.py --resume={shlex.quote(str(out))}")
         return 128 + number
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        print(f"error: {str(error).splitlines()[0]}\nlikely another process of this run has ended and took this one "
+              "along; what was saved is whole: go on with --resume", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if not records:  # those of rank 0 tell
+        return 0
     objective, last = records[0]["config"]["objective"], records[-1]
     best, out = min(records[1:], key=lambda r: r["val_loss"]), run or records[0]["config"]["out"]
     print(f"best   epoch {best['epoch']:.4g}: {show(last, objective, 'best')}\n"

@@ -31,6 +31,9 @@ STUDIES = {
         "e24-d.1": "--epochs=24 --dropout=0.1", "e24-d.2": "--epochs=24 --dropout=0.2",
         "e24-d.3": "--epochs=24 --dropout=0.3", "e24-wd.4": "--epochs=24 --weight_decay=0.4",
         "e24-wd1.6": "--epochs=24 --weight_decay=1.6", "e24-wd3.2": "--epochs=24 --weight_decay=3.2",
+        "e48-d.2": "--epochs=48 --dropout=0.2", "e48-d.3": "--epochs=48 --dropout=0.3",
+        "e48-d.2-wd1.6": "--epochs=48 --dropout=0.2 --weight_decay=1.6",
+        "e48-d.2-lr.004": "--epochs=48 --dropout=0.2 --lr=0.004", "e96-d.3": "--epochs=96 --dropout=0.3",
     }.items()},
     "search-diffusion": {name: f"--preset=laptop --objective=diffusion --split=tune --epochs=100 {flags}"
                          for name, flags in {

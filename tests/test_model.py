@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
 from conftest import any_order_losses, tiny
 from model import GPT, GPTConfig, chain_rule_nll, conditional_nll, draw_mask, evaluate, standard_error
 
@@ -175,6 +176,34 @@ def test_stratified_pairs_cover_every_k_alike():
 
 
 # ----- attention and the extra token
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_logits_in_parts_give_the_same_loss_and_gradient(monkeypatch, objective):
+    model = tiny(objective)
+    V, T = model.config.vocab_size, model.config.block_size
+    x, mask = torch.randint(V, (8, T)), draw_mask(8, T, torch.Generator().manual_seed(0))
+    results = []
+    for most in (model_module.MAX_LOGITS, 3 * V):
+        monkeypatch.setattr(model_module, "MAX_LOGITS", most)
+        model.zero_grad()
+        loss = model(x, mask if objective == "diffusion" else None)
+        loss.mean().backward()
+        results.append([loss] + [p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_an_ar_model_may_read_other_tokens_than_it_predicts_and_in_another_order():
+    model = tiny("ar")
+    V, T = model.config.vocab_size, model.config.block_size
+    x, seen = torch.randint(V, (4, T)), torch.randint(V + 1, (4, T))
+    logits = model.logits(torch.cat((torch.full((4, 1), V), seen[:, :-1]), dim=1))
+    expected = F.cross_entropy(logits.transpose(1, 2), x, reduction="none").mean(1)
+    assert torch.allclose(model(x, seen=seen), expected) and torch.equal(model(x, seen=x), model(x))
+    straight = torch.arange(T).expand(4, T)
+    assert torch.allclose(model(x, position=straight), model(x), atol=1e-6)
+    assert not torch.allclose(model(x, position=straight.flip(1)), model(x), atol=1e-3)
 
 
 def test_ar_logits_do_not_see_the_future():

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +75,37 @@ def test_batches_walk_through_the_stream_of_epochs_without_a_gap():
 def test_both_objectives_meet_the_same_weights_and_batches(corpus):
     tokens = torch.arange(1000) % 50
     for step in (0, 9):
-        x, mask, index = train.get_batch(config(corpus, objective="diffusion"), tokens, step)
-        y, none, _ = train.get_batch(config(corpus, objective="ar"), tokens, step)
-        assert torch.equal(x, y) and none is None
+        x, mask, index = train.get_batch(config(corpus, objective="diffusion"), tokens, step).values()
+        y, = train.get_batch(config(corpus, objective="ar"), tokens, step).values()
+        assert torch.equal(x, y)
         assert torch.equal(mask.flatten().nonzero().flatten(), index)
         assert len(index) == 8 * 17 // 2  # B (T+1) / 2, whatever the draw
-        assert torch.equal(mask, train.get_batch(config(corpus), tokens, step)[1])  # of the step alone
-        assert not torch.equal(mask, train.get_batch(config(corpus), tokens, step + 1)[1])
+        assert torch.equal(mask, train.get_batch(config(corpus), tokens, step)["mask"])  # of the step alone
+        assert not torch.equal(mask, train.get_batch(config(corpus), tokens, step + 1)["mask"])
+
+
+def test_what_an_ar_model_reads_is_hidden_and_replaced_in_the_shares_asked_for(corpus):
+    tokens, settings = torch.arange(1000) % 50, {"objective": "ar", "hide": 0.1, "replace": 0.3, "batch_size": 32}
+    c = config(corpus, **settings) | {"vocab_size": 50}
+    hidden, changed = 0.0, 0.0
+    for step in range(40):
+        x, seen = train.get_batch(c, tokens, step).values()
+        assert torch.equal(x, train.get_batch(c | {"hide": 0, "replace": 0}, tokens, step)["x"])
+        hidden += (seen == 50).double().mean().item() / 40
+        changed += ((seen != 50) & (seen != x)).double().mean().item() / 40
+    assert abs(hidden - 0.1) < 0.01 and abs(changed - 0.3 * 49 / 50) < 0.015  # 5 standard errors
+
+
+def test_the_parts_of_a_batch_are_the_batch(corpus):
+    tokens = torch.arange(1000) % 50
+    for given in ({"objective": "diffusion"}, {"objective": "ar"}, {"objective": "ar", "replace": 0.5}):
+        c = config(corpus, **given) | {"vocab_size": 50}
+        whole = train.get_batch(c, tokens, 3)
+        parts = [train.get_batch(c, tokens, 3, slice(i, i + 2)) for i in range(0, 8, 2)]
+        for name in set(whole) - {"index"}:
+            assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+        if "index" in whole:
+            assert all(len(part["index"]) == 17 for part in parts)  # (T+1) tokens for each pair of rows
 
 
 def test_learning_rate_warms_up_and_ends_at_a_tenth():
@@ -184,6 +211,91 @@ def test_the_commands_from_text_to_samples(tmp_path):
     assert json.loads(now.removeprefix("now ")) == json.loads(logged.removeprefix("log "))
 
 
+def test_help_comes_before_torch_does():
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "train.py", "--help"], capture_output=True)
+    assert b"--weight_decay" in done.stdout and done.returncode == 0
+    assert b" torch" not in done.stderr and time.perf_counter() - started < 5  # 0.1 s where nothing else runs
+
+
+# ----- compiled
+
+
+def test_compiling_changes_results_by_rounding_only_and_falls_back_in_one_line(corpus, tmp_path, monkeypatch, capsys):
+    plain = train.train(config(corpus, epochs=1.0, out=str(tmp_path / "plain")))
+    fast = train.train(config(corpus, epochs=1.0, compile=True, out=str(tmp_path / "compiled")))
+    assert "does not work here" not in capsys.readouterr().out
+    for a, b in zip(plain[1:], fast[1:], strict=True):
+        assert abs(a["train_loss"] - b["train_loss"]) < 1e-4 and abs(a["val_loss"] - b["val_loss"]) < 1e-4
+
+    def broken(model):
+        def run(*args, **kwargs):
+            raise RuntimeError("no compiler found\nand a long explanation")
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    without = train.train(config(corpus, epochs=1.0, compile=True, out=str(tmp_path / "without")))
+    assert capsys.readouterr().out.splitlines()[0].endswith("does not work here: RuntimeError: no compiler found")
+    assert [r["val_loss"] for r in without[1:]] == [r["val_loss"] for r in plain[1:]]
+
+
+# ----- several processes
+
+
+def torchrun(*args, cwd, after=None):
+    """Two processes of train.py under torchrun; after(Popen) is called as soon as the log has three lines."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    process = subprocess.Popen([*command, *map(str, args)], cwd=cwd, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = cwd / "out" / "two" / "log.jsonl"
+    while after and process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 3):
+        time.sleep(0.01)
+    if after:
+        after(process)
+    out, error = process.communicate(timeout=120)
+    return process.returncode, out, error
+
+
+def workers(process):
+    """The process ids of the workers that a torchrun process has started, in the order of their ranks."""
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_two_processes_train_as_one_does_also_after_a_resume(corpus, tmp_path, objective):
+    """Interrupted and resumed by two, then the same by one: the same losses to rounding; rank 0 alone writes."""
+    given = {"objective": objective, "epochs": 4.0, "data": corpus, "lr": 0.01, "eval_every": 0.5}
+    settings = flags(SMALL | given)
+    code, _, error = torchrun(*settings, "--out=out/two", cwd=tmp_path, after=lambda p: os.kill(p.pid, signal.SIGTERM))
+    assert code != 0
+    saved = load_checkpoint(tmp_path / "out" / "two" / "last.pt")
+    assert 0 < saved["state"]["step"] < saved["config"]["steps"], error
+    code, out, error = torchrun("--resume=out/two", cwd=tmp_path)
+    assert code == 0 and out.count("run directory") == 1 and out.count("final  epoch") == 1, error
+    command("train.py", *settings, "--out=out/one", cwd=tmp_path)
+    two, one = (train.read_log(tmp_path / "out" / name / "log.jsonl") for name in ("two", "one"))
+    assert two[0]["config"]["processes"] == 2 and len(one) == len(two) == 9
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert a["step"] == b["step"] and abs(a["train_loss"] - b["train_loss"]) < 1e-4
+        assert abs(a["val_loss"] - b["val_loss"]) < 1e-4
+
+
+def test_when_one_process_dies_all_end_and_what_was_saved_goes_on(corpus, tmp_path):
+    settings = flags(SMALL | {"objective": "diffusion", "epochs": 60.0, "data": corpus, "lr": 0.01, "eval_every": 0.5})
+    code, _, error = torchrun(*settings, "--out=out/two", cwd=tmp_path,
+                              after=lambda p: os.kill(workers(p)[1], signal.SIGKILL))
+    assert code != 0 and "another process of this run has ended" in error and "--resume" in error
+    step = load_checkpoint(tmp_path / "out" / "two" / "last.pt")["state"]["step"]
+    assert step > 0
+    code, _, error = torchrun("--resume=out/two", cwd=tmp_path, after=lambda p: os.kill(p.pid, signal.SIGTERM))
+    assert load_checkpoint(tmp_path / "out" / "two" / "last.pt")["state"]["step"] >= step
+
+
+def test_a_batch_that_can_not_be_shared_is_refused(corpus, tmp_path):
+    code, _, error = torchrun(*flags(SMALL | {"batch_size": 6, "data": corpus}), cwd=tmp_path)
+    assert code != 0 and "--batch_size=6: 2 processes need a multiple of 4" in error
+
+
 # ----- what a person can get wrong
 
 
@@ -194,7 +306,9 @@ def test_the_commands_from_text_to_samples(tmp_path):
     ({"objective": "bert"}, "objective=bert"), ({"optimizer": "sgd"}, "optimizer=sgd"), ({"dropout": 1.5}, "dropout"),
     ({"eval_passes": 1}, "eval_passes=1"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "tpu!"}, "tpu!"),
     ({"device": "meta"}, "meta"),
-    ({"unknown": 1}, "unknown"), ({"data": "nowhere"}, "nowhere"), ({"split": "test"}, "split=test")])
+    ({"unknown": 1}, "unknown"), ({"hide": 0.1}, "hide=0.1"),
+    ({"objective": "ar", "replace": 1.1}, "replace=1.1"),
+    ({"data": "nowhere"}, "nowhere"), ({"split": "test"}, "split=test")])
 def test_wrong_settings_are_named(corpus, tmp_path, given, named):
     with pytest.raises((UserError, prepare.DataError), match=named):
         train.train(config(corpus, out=str(tmp_path / "run"), **given))
