@@ -40,6 +40,20 @@ STUDIES = {
         "e100": "", "e100-lr.004": "--lr=0.004", "e100-d.1": "--dropout=0.1", "e100-wd.4": "--weight_decay=0.4",
         "e100-wd1.6": "--weight_decay=1.6", "e100-lr.001": "--lr=0.001",
     }.items()},
+    # notebook 03: losses over unique tokens, epochs and parameters, each run with its whole schedule; the short ones
+    # first, so that a grid broken off still spans all sizes. Fewer than 64 steps (AR) or 256 (diffusion, which sits at
+    # the unigram entropy until then) would measure the warm-up and not the data. 112 runs; about 105 minutes of one
+    # core in all: 12.7 M (AR) and 26.2 M (diffusion) tokens for each size, at 16, 28, 65 and 110 thousand tokens a
+    # second for 128, 96, 64 and 32 channels, and 12 s a run to start and to evaluate.
+    "grid": {f"{objective}-c{C}-u{U}k-e{E}": f"--preset=laptop --objective={objective} --unique_tokens={U * 1024} "
+             f"--epochs={E} --n_layer={C // 32} --n_head={heads} --n_embd={C} --eval_every={E / 4:g} --final_passes=8"
+             for _, objective, U, E in sorted((U * E, objective, U, E) for objective, cells in {
+                 "ar": {8: (16, 32, 64), 32: (4, 8, 16, 32), 128: (1, 4, 8, 16), 256: (1,), 512: (1, 4), 1024: (1,),
+                        2048: (1,)},
+                 "diffusion": {8: (64, 256), 32: (16, 64, 256), 128: (4, 16), 512: (1, 4), 1024: (1,), 2048: (1,),
+                               4096: (1,)},
+             }.items() for U, epochs in cells.items() for E in epochs)
+             for C, heads in ((32, 1), (64, 2), (96, 3), (128, 2))},
 }
 
 
