@@ -34,11 +34,30 @@ STUDIES = {
         "e48-d.2": "--epochs=48 --dropout=0.2", "e48-d.3": "--epochs=48 --dropout=0.3",
         "e48-d.2-wd1.6": "--epochs=48 --dropout=0.2 --weight_decay=1.6",
         "e48-d.2-lr.004": "--epochs=48 --dropout=0.2 --lr=0.004", "e96-d.3": "--epochs=96 --dropout=0.3",
+        "e24-replace.15": "--epochs=24 --replace=0.15", "e24-hide.15": "--epochs=24 --hide=0.15",
+        "e24-d.2-replace.1": "--epochs=24 --dropout=0.2 --replace=0.1", "e32-d.2": "--epochs=32 --dropout=0.2",
     }.items()},
     "search-diffusion": {name: f"--preset=laptop --objective=diffusion --split=tune --epochs=100 {flags}"
                          for name, flags in {
         "e100": "", "e100-lr.004": "--lr=0.004", "e100-d.1": "--dropout=0.1", "e100-wd.4": "--weight_decay=0.4",
-        "e100-wd1.6": "--weight_decay=1.6", "e100-lr.001": "--lr=0.001",
+        "e100-wd1.6": "--weight_decay=1.6",
+    }.items()},
+    # does bf16 change the curve by more than a seed does?
+    "precision": {f"{objective}-{dtype}-s{seed}": f"--preset=laptop --objective={objective} --epochs=12 --dtype={dtype} "
+                  f"--seed={seed}" for objective in ("ar", "diffusion") for seed in (1, 2)
+                  for dtype in ("float32", "bfloat16")},
+    # where is the hard crossing? fewer tokens, other tokenizers, on the tuning split
+    "map": {name: f"--preset=laptop --split=tune {flags}" for name, flags in {
+        "u16k-ar-e16": "--unique_tokens=16384 --objective=ar --epochs=16",
+        "u16k-ar-e48-d.2": "--unique_tokens=16384 --objective=ar --epochs=48 --dropout=0.2",
+        "u16k-ar-e96-d.3": "--unique_tokens=16384 --objective=ar --epochs=96 --dropout=0.3",
+        "u16k-diffusion-e400": "--unique_tokens=16384 --objective=diffusion --epochs=400",
+        "u16k-diffusion-e400-d.1": "--unique_tokens=16384 --objective=diffusion --epochs=400 --dropout=0.1",
+        "char-ar-e24": "--data=data/sotu-char --objective=ar --epochs=24",
+        "char-ar-e48-d.2": "--data=data/sotu-char --objective=ar --epochs=48 --dropout=0.2",
+        "char-diffusion-e200": "--data=data/sotu-char --objective=diffusion --epochs=200",
+        "char-diffusion-e200-d.1": "--data=data/sotu-char --objective=diffusion --epochs=200 --dropout=0.1",
+        "u16k-diffusion-e1600-d.1": "--unique_tokens=16384 --objective=diffusion --epochs=1600 --dropout=0.1",
     }.items()},
     # notebook 03: losses over unique tokens, epochs and parameters, each run with its whole schedule; the short ones
     # first, so that a grid broken off still spans all sizes. Fewer than 64 steps (AR) or 256 (diffusion, which sits at
