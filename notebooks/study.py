@@ -43,8 +43,8 @@ STUDIES = {
         "e100-wd1.6": "--weight_decay=1.6",
     }.items()},
     # does bf16 change the curve by more than a seed does?
-    "precision": {f"{objective}-{dtype}-s{seed}": f"--preset=laptop --objective={objective} --epochs=12 --dtype={dtype} "
-                  f"--seed={seed}" for objective in ("ar", "diffusion") for seed in (1, 2)
+    "precision": {f"{objective}-{dtype}-s{seed}": f"--preset=laptop --objective={objective} --epochs=12 "
+                  f"--dtype={dtype} --seed={seed}" for objective in ("ar", "diffusion") for seed in (1, 2)
                   for dtype in ("float32", "bfloat16")},
     # where is the hard crossing? fewer tokens, other tokenizers, on the tuning split
     "map": {name: f"--preset=laptop --split=tune {flags}" for name, flags in {
