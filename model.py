@@ -128,7 +128,7 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         head = config.n_embd // config.n_head
         frequency = config.rope_base ** (-torch.arange(0, head, 2) / head)  # (D/2,)
-        angle = torch.outer(torch.arange(config.block_size), frequency).repeat(1, 2)  # (T, D)
+        angle = torch.outer(torch.arange(config.block_size + 1), frequency).repeat(1, 2)  # (T + 1, D)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         for name, p in self.named_parameters():

@@ -332,10 +332,11 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
     for experiments. Under torchrun every process computes its rows of each batch; rank 0 alone evaluates and writes.
     Raises UserError for what the caller can mend, prepare.DataError for the corpus, Interrupted after a signal.
     """
+    config, batch = dict(config), batch or get_batch
+    if config.setdefault("batch", batch.__name__) != batch.__name__:
+        raise UserError(f"this run was begun with other batches, {config['batch']}: resume it with the same script")
     rank, world = join_processes(config)
-    batch = batch or get_batch
     device, dtype, device_line = choose_device(config["device"], config["dtype"])
-    config = dict(config)
     if rank:
         dist.barrier()  # rank 0 first: it prepares a corpus that is not there yet
     data, tokens, blocks = open_data(config)
@@ -495,7 +496,7 @@ def new_run_dir(objective):
     return next(path for path in paths if not path.exists())
 
 
-def main(argv=None):
+def main(argv=None, batch=None):
     given = parse(argv)
     run, eval_only = given.pop("resume"), given.pop("eval_only")
     signals = []
@@ -513,7 +514,7 @@ def main(argv=None):
         config, saved = reopen(run, given) if run else (make_config(**given), None)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
-        records = train(config, saved, stop=lambda: signals[0] if signals else 0)
+        records = train(config, saved, stop=lambda: signals[0] if signals else 0, batch=batch)
     except (UserError, prepare.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
 
 STUDIES = {
-    # name of the study: {name of the run: flags of train.py}
+    # name of the study: {name of the run: flags of train.py, behind another script if it is one}
     "laptop": {f"{objective}-s{seed}": f"--preset=laptop --objective={objective} --epochs=100 --seed={seed}"
                for seed in (1, 2, 3) for objective in ("ar", "diffusion")},
     # the laptop preset tuned for each objective on the tuning split, one setting at a time; e: epochs, d: dropout
@@ -59,6 +59,12 @@ STUDIES = {
         "char-diffusion-e200-d.1": "--data=data/sotu-char --objective=diffusion --epochs=200 --dropout=0.1",
         "u16k-diffusion-e1600-d.1": "--unique_tokens=16384 --objective=diffusion --epochs=1600 --dropout=0.1",
     }.items()},
+    # notebook 04: AR on N fixed orders; diffusion under M masks a block; what AR reads disturbed
+    "why": {f"orders{n}": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "
+            "--epochs=64"
+            for n in (1, 2, 4, 8, 16, 64)} |
+           {f"masks{m}": f"notebooks/why.py masks {m} --preset=laptop --objective=diffusion --unique_tokens=16384 "
+            "--epochs=256" for m in (0, 1, 4, 16, 64)},
     # notebook 03: losses over unique tokens, epochs and parameters, each run with its whole schedule; the short ones
     # first, so that a grid broken off still spans all sizes. Fewer than 64 steps (AR) or 256 (diffusion, which sits at
     # the unigram entropy until then) would measure the warm-up and not the data. 112 runs; about 105 minutes of one
@@ -79,9 +85,10 @@ STUDIES = {
 def command(study, name):
     """The train.py command of a run as a list, to be run in the project's root."""
     out = Path("out") / f"{study}-{name}"
-    if (ROOT / out / "last.pt").exists():
-        return ["python", "train.py", f"--resume={out}"]
-    return ["python", "train.py", *shlex.split(STUDIES[study][name]), f"--out={out}"]
+    words = shlex.split(STUDIES[study][name])
+    script = words[:next(i for i, word in enumerate(words) if word.startswith("--"))]
+    resume = [f"--resume={out}"] if (ROOT / out / "last.pt").exists() else [*words[len(script):], f"--out={out}"]
+    return ["python", *(script or ["train.py"]), *resume]
 
 
 def run(study, name, threads):

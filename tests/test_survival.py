@@ -8,6 +8,7 @@ writes every file in pieces, and can end the process between them.
 import builtins
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import os
@@ -160,6 +161,7 @@ def accident(place, n, action):
         real_replace(source, target)
         event(f"replaced {os.path.basename(target)}")
 
+    @functools.wraps(real_batch)
     def batch(*args):
         event("step")
         return real_batch(*args)
