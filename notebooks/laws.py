@@ -213,12 +213,12 @@ def critical_compute(ar, diffusion, U, low=1e6, high=1e32):
         return best_at(diffusion, U, C)[0] - best_at(ar, U, C)[0]
 
     shape = number(ar["A"]).shape
-    scan = torch.logspace(math.log10(low), math.log10(high), 105, dtype=torch.float64)
+    scan = torch.logspace(math.log10(low), math.log10(high), 53, dtype=torch.float64)
     gap = torch.stack([behind(C.expand(shape)) for C in scan])  # (scan, S)
     falls = (gap[:-1] > 0) & (gap[1:] <= 0)
     at = falls.int().argmax(0)
     left, right = scan[at].log(), scan[at + 1].log()
-    for _ in range(40):
+    for _ in range(25):
         middle = (left + right) / 2
         above = behind(middle.exp()) > 0
         left, right = torch.where(above, middle, left), torch.where(above, right, middle)
