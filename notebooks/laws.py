@@ -1,0 +1,256 @@
+"""The data-constrained scaling law: how much a repeated token is worth, and from which compute on diffusion wins.
+
+    L(N, U, E) = A / N'^alpha + B / D'^beta + E0        nats per token
+    D' = U + U R_D (1 - exp(-(E - 1) / R_D))            U unique tokens read E times, as worth in new tokens
+    N' = M + M R_N (1 - exp(-(N/M - 1) / R_N))          M = min(N, N_opt(U)): parameters beyond what U tokens can feed
+
+The law is Muennighoff et al.'s (arXiv 2305.16264, eq. 5 and 6), and arXiv 2507.15857 fits it to AR and to diffusion. A
+law is a dict of A, B, alpha, beta, E0, R_D and R_N: numbers, or float64 tensors (S,) for S laws side by side. It only
+ever falls with more epochs, so it can not follow an AR model that overfits; table() makes what to do of that a choice.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+# Published as A = 521, B = 1488, alpha = beta = 0.353, E0 = 1.87, R_D = 15.39, R_N = 5.31. Those give 2.2236 for their
+# check value L(6.34e9, 242e9 tokens of 25e9 unique) = 2.2256; the digits below give it.
+MUENNIGHOFF = {"A": math.exp(6.255414), "B": math.exp(7.3049974), "alpha": 0.3526596, "beta": 0.3526596,
+               "E0": math.exp(0.6254804), "R_D": 15.387756, "R_N": 5.309743}
+PAPER = {"ar": {"R_D": 31.19, "R_N": 55.16}, "diffusion": {"R_D": 493.89, "R_N": 1265.65}}  # 2507.15857, table 1b
+PAPER_LINE = 0.460, -1.050  # log10 U = 0.460 log10 C - 1.050, U in tokens
+FIRST, SECOND = ("A", "B", "alpha", "beta", "E0"), ("R_D", "R_N")  # the two steps of the fit
+DELTA = 1e-3  # of the Huber loss
+BOUND = 1e6  # the largest R* a fit returns: there a repeated token is worth a new one at any E in reach
+
+
+def number(x):
+    return torch.as_tensor(x, dtype=torch.float64)
+
+
+def effective(unique, repeats, r_star):
+    """unique (1 + R* (1 - exp(-repeats / R*))): D' of tokens, N' of parameters (2305.16264, eq. 5). Any shapes."""
+    unique, repeats, r_star = number(unique), number(repeats), number(r_star)
+    return unique * (1 - r_star * torch.expm1(-repeats / r_star))
+
+
+def epochs_worth(E, R_D):
+    """D'/U: as how many epochs of new tokens E epochs over the same tokens count."""
+    return effective(1, number(E) - 1, R_D)
+
+
+def n_opt(law, U):
+    """The compute-optimal parameters for U tokens read once.
+
+    At C = 6 N D the best split has equal returns, d/dlogN (A/N^alpha) = d/dlogD (B/D^beta), so alpha A / N^alpha =
+    beta B / D^beta. With D = U: N_opt = (alpha A U^beta / (beta B))^(1/alpha). Single-epoch coefficients alone.
+    """
+    A, B, alpha, beta = (number(law[key]) for key in ("A", "B", "alpha", "beta"))
+    return ((alpha * A / (beta * B)).log() / alpha + beta / alpha * number(U).log()).exp()
+
+
+def log_loss(law, N, U, E):
+    """log L as a log-sum-exp of its three terms; N, U, E: whatever broadcasts with the law. E < 1 reads a part of U."""
+    N, E, law = number(N), number(E), {key: number(value) for key, value in law.items()}
+    unique = number(U) * E.clamp(max=1)
+    D = effective(unique, (E - 1).clamp(min=0), law["R_D"])
+    M = torch.minimum(N, n_opt(law, unique))
+    terms = (law["A"].log() - law["alpha"] * effective(M, N / M - 1, law["R_N"]).log(),
+             law["B"].log() - law["beta"] * D.log(), law["E0"].log())
+    return torch.stack(torch.broadcast_tensors(*terms)).logsumexp(0)
+
+
+def loss_law(law, N, U, E):
+    """The law's loss in nats per token of N parameters after E epochs over U unique tokens."""
+    return log_loss(law, N, U, E).exp()
+
+
+def table(logs, objective, treatment):
+    """One row {N, U, E, loss} a run of one objective, from study.read's logs.
+
+    treatment: "final" is the loss after the last step. "best" is the lowest evaluation of the run, as with early
+    stopping: for AR, whose loss rises when it overfits, which the law can not. E stays the epochs that were planned.
+    """
+    if treatment not in ("final", "best"):
+        raise ValueError(f"treatment {treatment!r}: choose final or best")
+    return [{"N": config["parameters"], "U": config["unique_tokens"], "E": config["epochs"],
+             "loss": records[-1][f"{treatment}_loss"]}
+            for config, records in logs.values() if config["objective"] == objective]
+
+
+class Fit(NamedTuple):
+    law: dict  # numbers
+    samples: dict  # the same of every bootstrap, (S,)
+    r2: float  # of log loss, over all runs
+    residuals: torch.Tensor  # (runs,) log measured loss - log fitted loss
+
+
+def minimise(start, free, columns, weight, centre):
+    """L-BFGS from S starts at once on the weighted Huber loss of the log loss: the S laws, and their Huber losses (S,).
+
+    start: {name: (S,)}; free: the names to fit; weight: (S, runs). All constants are fitted as logarithms, A and B as
+    the log of their term at the mean log N and log U in `centre`, without which they and the exponents are one valley.
+    """
+    N, U, E, y = columns
+    shift = {"A": ("alpha", centre[0]), "B": ("beta", centre[1])}
+    theta = {key: start[key].log() - (start[shift[key][0]] * shift[key][1] if key in shift else 0) for key in free}
+    theta = torch.stack([theta[key] for key in free]).requires_grad_()  # (free, S)
+
+    def law():
+        now = start | {key: value.exp().clamp(max=BOUND if key in SECOND else math.inf)
+                       for key, value in zip(free, theta, strict=True)}
+        return now | {key: (theta[free.index(key)] + now[e] * mean).exp() for key, (e, mean) in shift.items()
+                      if key in free}
+
+    def huber():
+        now = {key: value[:, None] for key, value in law().items()}
+        prediction = log_loss(now, N, U, E)  # (S, runs)
+        return (weight * torch.nn.functional.huber_loss(prediction, y.expand_as(prediction), reduction="none",
+                                                        delta=DELTA)).sum(1) / DELTA
+
+    def closure():
+        optimizer.zero_grad()
+        loss = huber().sum()
+        loss.backward()
+        return loss
+
+    optimizer = torch.optim.LBFGS([theta], max_iter=200, history_size=50, line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-9, tolerance_change=1e-12)
+    optimizer.step(closure)
+    with torch.no_grad():
+        return law(), huber()
+
+
+def best_of(starts, free, columns, weight, centre):
+    """The best of several starts (laws of numbers or of (S,) tensors) for each of S problems with their weights."""
+    S, K = len(weight), len(starts)
+    begin = {key: torch.cat([number(s[key]).expand(S) for s in starts]) for key in MUENNIGHOFF}
+    laws, huber = minimise(begin, free, columns, weight.repeat(K, 1), centre)
+    best = huber.nan_to_num(nan=math.inf).view(K, S).argmin(0)
+    return {key: value.view(K, S)[best, torch.arange(S)] for key, value in laws.items()}
+
+
+def two_steps(columns, weight, first, second, rounds=6):
+    """A, B, alpha, beta, E0 from the single-epoch runs, then R_D and R_N from all runs with those frozen; and again.
+
+    The first round is Muennighoff's: it reads N' = N in single-epoch runs. Where models are larger than N_opt, as most
+    here are, the law itself says N' < N, so further rounds repeat both steps with the R_N of the round before.
+    """
+    N, U, E, _ = columns
+    centre = N.log().mean(), U[E == 1].log().mean()
+    for _ in range(rounds):
+        law = best_of(first, FIRST, columns, weight * (E == 1), centre)
+        law = best_of([law | s for s in second], SECOND, columns, weight, centre)
+        first, second = [law], [{key: law[key] for key in SECOND}]
+    return law
+
+
+def fit(rows, bootstraps=0, seed=0):
+    """The law of table()'s rows as Muennighoff et al. fit it, and as many laws of resampled runs.
+
+    Bootstraps draw runs with replacement, single-epoch and repeated ones apart, and start from the fitted law.
+    Raises ValueError where the runs can not determine the constants.
+    """
+    columns = N, U, E, y = [number([row[key] for row in rows]) for key in ("N", "U", "E", "loss")]
+    if not all((c.isfinite() & (c > 0)).all() for c in columns):
+        bad = next(row for row in rows if not all(0 < row[key] < math.inf for key in ("N", "U", "E", "loss")))
+        raise ValueError(f"a run is not finite and above 0: {bad}; leave it out, or train it anew")
+    once = E == 1
+    sizes, tokens = len(N[once].unique()), len(U[once].unique())
+    if sizes < 3 or tokens < 3 or once.sum() < 6:
+        raise ValueError(f"{int(once.sum())} single-epoch runs of {sizes} sizes and {tokens} numbers of tokens: "
+                         "A, B, alpha, beta and E0 need 6 with at least 3 of both")
+    if (E > 1).sum() < 3:
+        raise ValueError(f"{int((E > 1).sum())} runs that repeat their tokens: R_D and R_N need at least 3")
+    columns[3] = y = y.log()
+    low, n, d = y.min().exp(), N.log().mean(), U[once].log().mean()
+    first = [{"E0": low * share, "alpha": alpha, "beta": beta, "A": low * (1 - share) / 2 * (alpha * n).exp(),
+              "B": low * (1 - share) / 2 * (beta * d).exp(), "R_D": BOUND, "R_N": BOUND}
+             for share in (0.2, 0.5, 0.8) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0)]
+    second = [{"R_D": number(r_d), "R_N": number(r_n)} for r_d in (3, 30, 300) for r_n in (3, 30, 300)]
+    law = two_steps(columns, torch.ones(1, len(y), dtype=torch.float64), first, second)
+    residuals = y - log_loss(law, N, U, E)
+    r2 = 1 - residuals.square().sum() / (y - y.mean()).square().sum()
+    generator, weight = torch.Generator().manual_seed(seed), torch.zeros(bootstraps, len(y), dtype=torch.float64)
+    for group in (once.nonzero()[:, 0], (~once).nonzero()[:, 0]):
+        drawn = group[torch.randint(len(group), (bootstraps, len(group)), generator=generator)]
+        weight.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    start = {key: value[0] for key, value in law.items()}
+    near = [{key: start[key] for key in SECOND}]
+    samples = two_steps(columns, weight, [start], near, rounds=2) if bootstraps else {}
+    return Fit({key: value.item() for key, value in start.items()}, samples, r2.item(), residuals)
+
+
+def interval(values, level=0.9):
+    """The central interval of bootstrap values that are finite: (low, high)."""
+    values = number(values)
+    return tuple(values[values.isfinite()].quantile(number([(1 - level) / 2, (1 + level) / 2])).tolist())
+
+
+def best_at(law, U, C):
+    """What C = 6 N U E FLOPs buy at best with U unique tokens: (loss, N, E), by a search over log N that narrows."""
+    law = {key: number(value)[..., None] for key, value in law.items()}
+    U, C = number(U)[..., None], number(C)[..., None]
+    grid = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    middle, width = (C / (6 * U)).log() - 12 + 0 * law["E0"], 18.0  # e^6 more parameters than E = 1 has, to e^30 fewer
+    for _ in range(5):
+        log_n = middle + width * grid
+        at = log_loss(law, log_n.exp(), U, C / (6 * U * log_n.exp())).argmin(-1, keepdim=True)
+        middle, width = log_n.expand(*at.shape[:-1], 41).gather(-1, at), width / 10
+    N = middle.exp()
+    E = C / (6 * U * N)
+    return loss_law(law, N, U, E)[..., 0], N[..., 0], E[..., 0]
+
+
+def critical_compute(ar, diffusion, U, low=1e6, high=1e32):
+    """C_crit(U) in FLOPs: the smallest C at which diffusion's best over N and E is no worse than AR's, both at C.
+
+    As the law never rises, AR's best at C is its best with any compute up to C. Scanned from `low` to `high`, then
+    bisected. None (NaN where the laws are (S,) tensors) if diffusion never gets there, or is ahead from the start.
+    """
+    def behind(C):
+        return best_at(diffusion, U, C)[0] - best_at(ar, U, C)[0]
+
+    shape = number(ar["A"]).shape
+    scan = torch.logspace(math.log10(low), math.log10(high), 53, dtype=torch.float64)
+    gap = torch.stack([behind(C.expand(shape)) for C in scan])  # (scan, S)
+    falls = (gap[:-1] > 0) & (gap[1:] <= 0)
+    at = falls.int().argmax(0)
+    left, right = scan[at].log(), scan[at + 1].log()
+    for _ in range(25):
+        middle = (left + right) / 2
+        above = behind(middle.exp()) > 0
+        left, right = torch.where(above, middle, left), torch.where(above, right, middle)
+    C = torch.where(falls.any(0), right.exp(), math.nan)
+    return C if C.dim() else None if C.isnan() else C.item()
+
+
+def power_law(C, U):
+    """(a, b) of log10 U = a log10 C + b by least squares, without the U that have no crossing; None below two."""
+    pairs = [(math.log10(c), math.log10(u)) for c, u in zip(C, U, strict=True) if c is not None and math.isfinite(c)]
+    if len(pairs) < 2:
+        return None
+    x, y = number(pairs).T
+    a = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return a.item(), (y.mean() - a * x.mean()).item()
+
+
+def line_compute(line, U):
+    """C in FLOPs where log10 U = a log10 C + b. The paper's line is also 2.12e15 (U/1e6)^2.174: U in MILLIONS there."""
+    return 10 ** ((math.log10(U) - line[1]) / line[0])
+
+
+def what_would_it_take(U, ar=None, diffusion=None, epochs=500):
+    """Compute, model size and epochs for diffusion to be as good as AR on U tokens: {"paper": ..., "ours": ...}.
+
+    The paper publishes a line but no A and B, so that its compute is cut into parameters for the `epochs` given (500 in
+    its best run). Our two laws give the best N and E themselves; "ours" is None without a crossing.
+    """
+    C = line_compute(PAPER_LINE, U)
+    answer = {"paper": {"C": C, "N": C / (6 * U * epochs), "E": float(epochs)}, "ours": None}
+    C = critical_compute(ar, diffusion, U) if ar and diffusion else None
+    if C is not None:
+        _, N, E = best_at(diffusion, U, C)
+        answer["ours"] = {"C": C, "N": N.item(), "E": E.item()}
+    return answer

@@ -1,0 +1,115 @@
+"""The scaling law against published values, its fit against losses it made itself, the crossing against a formula."""
+
+import math
+
+import pytest
+import torch
+
+import laws
+
+SIZES = (26752, 115072, 381696, 820480)
+CELLS = [(2**13 * u, E) for u, epochs in {1: (16, 64, 256), 4: (4, 16, 64, 256), 16: (1, 4, 16), 32: (1,), 64: (1, 4),
+                                          128: (1,), 256: (1,), 512: (1,)}.items() for E in epochs]
+TRUE = {"A": 60.0, "B": 1200.0, "alpha": 0.4, "beta": 0.5, "E0": 1.5}
+AR, DIFFUSION = TRUE | {"R_D": 31.0, "R_N": 55.0}, TRUE | {"R_D": 494.0, "R_N": 1200.0}
+
+
+def synthetic(law, noise, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [{"N": N, "U": U, "E": E} for U, E in CELLS for N in SIZES]
+    error = noise * torch.randn(len(rows), generator=generator, dtype=torch.float64)
+    return [row | {"loss": laws.loss_law(law, **row).item() * math.exp(e)} for row, e in zip(rows, error, strict=True)]
+
+
+def test_muennighoffs_check_value():
+    assert laws.loss_law(laws.MUENNIGHOFF, 6.34e9, 25e9, 242 / 25).item() == pytest.approx(2.2256, abs=5e-5)
+    rounded = {"A": 521, "B": 1488, "alpha": 0.353, "beta": 0.353, "E0": 1.87, "R_D": 15.39, "R_N": 5.31}
+    assert laws.loss_law(rounded, 6.34e9, 25e9, 242 / 25).item() == pytest.approx(2.2236, abs=5e-5)
+
+
+@pytest.mark.parametrize("objective, worth", [("ar", (3.86, 8.8, 30.9, 32.2)), ("diffusion", (3.99, 9.9, 90.7, 315))])
+def test_epochs_worth(objective, worth):
+    ours = laws.epochs_worth([4, 10, 100, 500], laws.PAPER[objective]["R_D"])
+    assert ours.tolist() == pytest.approx(worth, rel=5e-3)
+    assert laws.epochs_worth(1, 31.19) == 1 and laws.epochs_worth(7, 1e9).item() == pytest.approx(7)
+
+
+def test_n_opt_is_the_best_split_of_its_compute():
+    N, U = laws.n_opt(AR, 1e6), 1e6
+    def once(k):
+        return AR["A"] / (N * k) ** AR["alpha"] + AR["B"] / (U / k) ** AR["beta"]
+    assert once(1) < once(1.01) and once(1) < once(0.99)
+
+
+@pytest.mark.parametrize("truth", [AR, DIFFUSION])
+def test_the_fit_finds_the_constants(truth):
+    exact = laws.fit(synthetic(truth, 0.0))
+    assert exact.r2 > 0.9999
+    assert exact.law["R_D"] == pytest.approx(truth["R_D"], rel=0.03)
+    assert exact.law["beta"] == pytest.approx(truth["beta"], rel=0.03)
+    noisy = laws.fit(synthetic(truth, 0.003))
+    assert noisy.law["R_D"] == pytest.approx(truth["R_D"], rel=0.25)
+    assert noisy.law["E0"] == pytest.approx(truth["E0"], rel=0.15)
+
+
+def test_bootstrap_intervals_cover_the_truth():
+    covered = 0
+    for seed in range(3):
+        low, high = laws.interval(laws.fit(synthetic(AR, 0.003, seed), bootstraps=25).samples["R_D"], 0.95)
+        assert low < high
+        covered += low <= AR["R_D"] <= high
+    assert covered >= 2
+
+
+def test_critical_compute_of_a_known_crossing():
+    """With one beta and R* endless, L = A/N^a + B/D^a + E0: at the best N it is E0 + k C^(-a/2), so C is a formula."""
+    a, common = 0.5, {"A": 100.0, "alpha": 0.5, "beta": 0.5, "R_D": 1e12, "R_N": 1e12}
+    ar, diffusion = common | {"B": 100.0, "E0": 2.0}, common | {"B": 400.0, "E0": 1.5}
+    def k(law):  # min over N of A N^-a + B (6N/C)^a is 2 sqrt(A B) (6/C)^(a/2)
+        return 2 * math.sqrt(law["A"] * law["B"]) * 6 ** (a / 2)
+    C = ((k(diffusion) - k(ar)) / 0.5) ** (2 / a)
+    for U in (1e2, 1e3):
+        assert laws.critical_compute(ar, diffusion, U) == pytest.approx(C, rel=1e-3)
+    assert laws.critical_compute(ar, diffusion | {"E0": 2.5}, 1e3) is None
+    assert laws.critical_compute(diffusion, ar, 1e3) is None  # ahead from the start is no crossing
+    both = {key: torch.tensor([value, value], dtype=torch.float64) for key, value in diffusion.items()}
+    both["E0"][1] = 2.5
+    pair = laws.critical_compute({key: torch.tensor([v, v], dtype=torch.float64) for key, v in ar.items()}, both, 1e3)
+    assert pair[0].item() == pytest.approx(C, rel=1e-3) and pair[1].isnan()
+
+
+def test_the_papers_line_and_its_unit():
+    for millions, C in ((1, 2.1e15), (10, 3.2e17), (25, 2.3e18), (50, 1.05e19), (100, 4.7e19), (500, 1.6e21)):
+        assert laws.line_compute(laws.PAPER_LINE, millions * 1e6) == pytest.approx(C, rel=0.03)
+        assert 2.12e15 * millions**2.174 == pytest.approx(C, rel=0.03)
+        assert 2.12e15 * (millions * 1e6) ** 2.174 > 1e12 * C  # the trap: U in tokens
+    us = [1e5, 1e6, 1e7]
+    line = laws.power_law([laws.line_compute(laws.PAPER_LINE, U) for U in us], us)
+    assert line == pytest.approx(laws.PAPER_LINE)
+    assert laws.power_law([None, 1e9], [1, 2]) is None
+
+
+def test_the_calculator_spends_the_compute_it_names():
+    answer = laws.what_would_it_take(1e5, AR, DIFFUSION | {"B": 1500.0})
+    for part in answer.values():
+        assert 6 * part["N"] * 1e5 * part["E"] == pytest.approx(part["C"])
+    assert laws.what_would_it_take(1e5, AR, DIFFUSION | {"E0": 5.0})["ours"] is None
+
+
+def test_runs_that_can_not_be_fitted():
+    rows = synthetic(AR, 0.0)
+    with pytest.raises(ValueError, match="5 single-epoch runs"):
+        laws.fit([row for row in rows if row["E"] > 1] + [row for row in rows if row["E"] == 1][:5])
+    with pytest.raises(ValueError, match="0 runs that repeat"):
+        laws.fit([row for row in rows if row["E"] == 1])
+    with pytest.raises(ValueError, match="not finite"):
+        laws.fit(rows + [rows[0] | {"loss": math.nan}])
+    with pytest.raises(ValueError, match="choose final or best"):
+        laws.table({}, "ar", "last")
+
+
+def test_table_takes_the_last_or_the_best_loss():
+    logs = {"x": ({"objective": "ar", "parameters": 10, "unique_tokens": 20, "epochs": 3.0},
+                  [{"val_loss": 2.0}, {"final_loss": 3.0, "best_loss": 2.0}])}
+    assert laws.table(logs, "ar", "best") == [{"N": 10, "U": 20, "E": 3.0, "loss": 2.0}]
+    assert laws.table(logs, "ar", "final")[0]["loss"] == 3.0 and laws.table(logs, "diffusion", "best") == []
