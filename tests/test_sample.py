@@ -198,6 +198,14 @@ def test_what_is_not_masked_is_kept_wherever_it_stands(order):
         assert torch.equal(when > 0, given == 5) and torch.equal(given, before)
 
 
+def test_behind_a_text_shorter_than_the_block_the_network_reads_masks(monkeypatch):
+    model, read = tiny("diffusion", V=5, T=8), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx: read.append(idx) or hidden(idx))
+    sample_diffusion(model, torch.tensor([[4, 0, 2]]), 6, generator=generator())
+    assert len(read) == 3 and all(idx.shape == (1, 8) and (idx[:, 6:] == 5).all() for idx in read)
+
+
 def test_the_orders_are_what_they_are_called():
     model, x = tiny("diffusion", V=5, T=8), torch.tensor([[5, 1, 5, 5, 5, 5, 5, 5]])
     assert unmask(model, x, 0, "left", generator=generator())[1].tolist() == [[1, 0, 2, 3, 4, 5, 6, 7]]
