@@ -322,8 +322,8 @@ def run(args):
         args.num_samples, args.length = 64, 0
     results = [generate(args, folder) for folder in args.compare or [args.run or newest_run()]]
     for r in (result["record"] for result in results):
-        print(json.dumps(r) if args.json else f"{r['run']}/{r['checkpoint']}.pt: {r['objective']}, step {r['step']:,}, "
-              f"{r['parameters'] / 1e6:.2f}M parameters; {r['tokens_per_second']:,.0f} tokens/s")
+        print(json.dumps(r) if args.json else f"{r['run']}/{r['checkpoint']}.pt: {r['objective']}, "
+              f"{r['parameters'] / 1e6:.2f}M parameters, step {r['step']:,}")
     for result in results if args.probe else ():
         device, dtype, _ = choose_device(args.device, result["saved"]["config"]["dtype"])
         probe(result["model"], result["saved"]["config"], result["ids"].numpy(), precision(device, dtype))
