@@ -82,12 +82,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # QK-norm bounds the attention logits
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,
+        if cache is not None:  # [AR] keys and values of all tokens so far (B, H, P+T, D): the past is computed once
+            cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v), strict=True)] if cache else [k, v]
+            k, v = cache
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T == k.shape[2],
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -111,8 +114,8 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-5), SwiGLU(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin):
-        x = x + self.drop(self.attn(self.norm1(x), cos, sin))
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.drop(self.attn(self.norm1(x), cos, sin, cache))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -136,12 +139,17 @@ class GPT(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def hidden(self, idx, position=None):
-        """Token ids (B, T) in 0..V to final hidden states (B, T, C). position: (B, T), places if not 0..T-1."""
-        cos, sin = (t[: idx.shape[1]] if position is None else t[position][:, None] for t in (self.cos, self.sin))
+    def hidden(self, idx, position=None, cache=None):
+        """Token ids (B, T) in 0..V to final hidden states (B, T, C). position: (B, T), places if not 0..T-1.
+
+        cache (AR): an empty list for each block. It keeps what attention needs of idx; in the calls that follow, idx is
+        (B, 1), the one token that comes next.
+        """
+        P = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens in the cache
+        cos, sin = (t[P:P + idx.shape[1]] if position is None else t[position][:, None] for t in (self.cos, self.sin))
         x = self.drop(self.embed(idx))  # (B, T, C)
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x = block(x, cos, sin, kept)
         return self.norm(x)
 
     def head(self, h):

@@ -1,0 +1,139 @@
+"""What fewer steps cost and save: the table of steps against quality in README and notebook 05.
+
+    python notebooks/sampling.py --ar=out/ar --diffusion=out/diffusion
+
+From a trained run of each objective it draws samples of one block, in every order with T, T/2, T/4, ..., 1 steps, and
+measures each kind by four numbers that a good text must satisfy together:
+
+  seconds      to write them; cpu_seconds do not count the time in which other programs had the processor
+  nll          nats per token under both models, of which the one that did not write them is the fairer judge: exact for
+               AR, a bound for diffusion. Held-out text stands beside it. Dull and repeated text scores low here,
+  distinct4    the share of different ones among all sequences of 4 tokens, finds that out: it falls then
+  memorised    the share of sequences of 8 tokens that stand in the training text
+
+Everything is written to notebooks/results/sampling.json, with the command, the seed and the settings.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import UserError, evaluate, load_checkpoint, model_from_checkpoint  # noqa: E402
+from prepare import load  # noqa: E402
+from sample import memorised, sample_ar, sample_diffusion  # noqa: E402
+
+RESULT = ROOT / "notebooks" / "results" / "sampling.json"
+
+
+def distinct(ids, n=4):
+    """The share of different sequences among all sequences of n tokens in the rows of ids (B, L), in 0..1."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(ids), n, axis=1).reshape(-1, n)
+    return len(np.unique(windows, axis=0)) / len(windows)
+
+
+def quality(ids, models, training):
+    """The measurements of samples ids (B, T); models: {"ar": model, "diffusion": model}; training: (U,) token ids."""
+    row = {"distinct4": distinct(ids), "memorised": memorised(ids, training)}
+    for name, model in models.items():
+        row[f"nll_{name}"], row[f"nll_{name}_stderr"] = evaluate(model, ids, passes=4)
+    return row
+
+
+def write(model, B, seed, steps=0, order="random", use_cache=True, **how):
+    """B samples of one block by one model: (ids (B, T), what it took)."""
+    T, nothing = model.config.block_size, torch.empty(B, 0, dtype=torch.long)
+    how["generator"] = torch.Generator().manual_seed(seed)
+    wall, cpu = time.perf_counter(), time.process_time()
+    if model.config.objective == "ar":
+        ids, when = sample_ar(model, nothing, T, use_cache=use_cache, **how)
+    else:
+        ids, when = sample_diffusion(model, nothing, T, steps, order, **how)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return ids, {"seconds": wall, "cpu_seconds": cpu, "samples": B, "tokens_per_cpu_second": B * T / cpu,
+                 "network_evaluations": int(when.max())}
+
+
+def halvings(T):
+    """T, T/2, T/4, ..., 1."""
+    return [T // 2**i for i in range(T.bit_length()) if T // 2**i]
+
+
+def measure(models, training, held_out, count, seed, orders=("random", "confidence", "left")):
+    """All rows of the table: held-out text, AR with and without its cache, diffusion in every order and step number."""
+    T = models["ar"].config.block_size
+    rows = [{"writer": "held-out text"} | quality(held_out[:count], models, training)]
+    for use_cache in (True, False):
+        ids, took = write(models["ar"], count, seed, use_cache=use_cache)
+        rows.append({"writer": "ar", "cache": use_cache} | took | quality(ids, models, training))
+        one = write(models["ar"], 1, seed, use_cache=use_cache)[1]
+        rows[-1]["tokens_per_cpu_second_alone"] = one["tokens_per_cpu_second"]
+    for order in orders:
+        for steps in halvings(T):
+            ids, took = write(models["diffusion"], count, seed, steps, order)
+            rows.append({"writer": "diffusion", "order": order, "steps": steps} | took | quality(ids, models, training))
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(rows):
+    """The rows as lines of Markdown."""
+    lines = ["| writer | passes | seconds | nats per token: AR | diffusion | distinct 4 | memorised |",
+             "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        name = r["writer"] + (f", {r['order']}" if "order" in r else ", no cache" if r.get("cache") is False else "")
+        passes, seconds = r.get("network_evaluations", ""), f"{r['cpu_seconds']:.2f}" if "cpu_seconds" in r else ""
+        lines.append(f"| {name} | {passes} | {seconds} | = {r['nll_ar']:.2f} | <= {r['nll_diffusion']:.2f} | "
+                     f"{r['distinct4']:.1%} | {r['memorised']:.1%} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--ar", type=Path, default=Path("out/ar"), help="run directory of an AR run [out/ar]")
+    parser.add_argument("--diffusion", type=Path, default=Path("out/diffusion"), help="... [out/diffusion]")
+    parser.add_argument("--count", type=int, default=64, help="samples of every kind [64]")
+    parser.add_argument("--seed", type=int, default=1, help="[1]")
+    parser.add_argument("--json", type=Path, default=RESULT, help="where to write [notebooks/results/sampling.json]")
+    args = parser.parse_args(argv)
+    try:
+        saved = {name: load_checkpoint(getattr(args, name) / "best.pt") for name in ("ar", "diffusion")}
+        models = {name: model_from_checkpoint(state) for name, state in saved.items()}
+        configs = {name: state["config"] for name, state in saved.items()}
+        c = configs["diffusion"]
+        if [configs[name]["objective"] for name in configs] != list(configs):
+            raise UserError("--ar takes an AR run and --diffusion a diffusion run")
+        if any(configs["ar"][name] != c[name] for name in ("data_sha256", "block_size", "unique_tokens", "split")):
+            raise UserError("the two runs were trained or scored on different data or blocks: they can not be compared")
+        data, T = load(ROOT / c["data"]), c["block_size"]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)  # several would wait for each other, and processor seconds count the waiting
+    split = torch.from_numpy(data.splits[c["split"]].astype(np.int64))
+    blocks = split[:len(split) // T * T].view(-1, T)
+    held_out = blocks[torch.linspace(0, len(blocks) - 1, args.count).long()]
+    rows = measure(models, data.splits["train"][:c["unique_tokens"]], held_out, args.count, args.seed)
+    told = ("command", "seed", "objective", "parameters", "block_size", "unique_tokens", "epochs", "split")
+    runs = {name: {"step": saved[name]["state"]["step"]} | {key: c[key] for key in told} for name, c in configs.items()}
+    command = shlex.join(["python", "notebooks/sampling.py", f"--ar={args.ar}", f"--diffusion={args.diffusion}",
+                          f"--count={args.count}", f"--seed={args.seed}"])
+    result = {"command": command, "seed": args.seed, "temperature": 1.0, "checkpoint": "best",
+              "threads": torch.get_num_threads(), "runs": runs, "rows": rows,
+              "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
