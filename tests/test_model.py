@@ -180,16 +180,19 @@ def test_stratified_pairs_cover_every_k_alike():
 
 @pytest.mark.parametrize("objective", ["ar", "diffusion"])
 def test_logits_in_parts_give_the_same_loss_and_gradient(monkeypatch, objective):
-    model = tiny(objective)
+    model = tiny(objective, V=500)
     V, T = model.config.vocab_size, model.config.block_size
     x, mask = torch.randint(V, (8, T)), draw_mask(8, T, torch.Generator().manual_seed(0))
     results = []
     for most in (model_module.MAX_LOGITS, 3 * V):
         monkeypatch.setattr(model_module, "MAX_LOGITS", most)
         model.zero_grad()
-        loss = model(x, mask if objective == "diffusion" else None)
+        kept = []  # sizes of what the backward pass will need
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model(x, mask if objective == "diffusion" else None)
         loss.mean().backward()
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
+        assert (max(kept) >= V * 8 * T // 2) == (most > 3 * V)  # logits are kept, or they are not
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
