@@ -36,13 +36,15 @@ STUDIES = {
         "e48-d.2-lr.004": "--epochs=48 --dropout=0.2 --lr=0.004", "e96-d.3": "--epochs=96 --dropout=0.3",
         "e24-replace.15": "--epochs=24 --replace=0.15", "e24-hide.15": "--epochs=24 --hide=0.15",
         "e24-d.2-replace.1": "--epochs=24 --dropout=0.2 --replace=0.1", "e32-d.2": "--epochs=32 --dropout=0.2",
+        "e48-d.2-wd3.2": "--epochs=48 --dropout=0.2 --weight_decay=3.2",
+        "e96-d.3-wd1.6": "--epochs=96 --dropout=0.3 --weight_decay=1.6",
         "e24-d.2-b8": "--epochs=24 --dropout=0.2 --batch_size=8 --lr=0.0014",
     }.items()},
     "search-diffusion": {name: f"--preset=laptop --objective=diffusion --split=tune --epochs=100 {flags}"
                          for name, flags in {
         "e100": "", "e100-lr.004": "--lr=0.004", "e100-d.1": "--dropout=0.1", "e100-wd.4": "--weight_decay=0.4",
         "e48": "--epochs=48", "e48-b8": "--epochs=48 --batch_size=8 --lr=0.0014",
-        "e400-d.1": "--epochs=400 --dropout=0.1", "e400-d.05": "--epochs=400 --dropout=0.05",
+        "e400-d.1": "--epochs=400 --dropout=0.1", "e400-d.1-wd1.6": "--epochs=400 --dropout=0.1 --weight_decay=1.6",
     }.items()},
     # does bf16 change the curve by more than a seed does?
     "precision": {f"{objective}-{dtype}-s{seed}": f"--preset=laptop --objective={objective} --epochs=12 "

@@ -188,7 +188,7 @@ def test_logits_in_parts_give_the_same_loss_and_gradient(monkeypatch, objective)
         monkeypatch.setattr(model_module, "MAX_LOGITS", most)
         model.zero_grad()
         kept = []  # sizes of what the backward pass will need
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             loss = model(x, mask if objective == "diffusion" else None)
         loss.mean().backward()
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
