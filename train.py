@@ -61,7 +61,8 @@ def parse(argv):
     parser.add_argument("--preset", choices=("laptop", "gpu"), default=argparse.SUPPRESS,
                         help="values for all flags below (default: by device)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
-    parser.add_argument("--eval_only", action="store_true", help="with --resume: score its checkpoints again and end")
+    parser.add_argument("--eval_only", action="store_true", help="with --resume: score its checkpoints again and end; "
+                        "another --split may be named")
     for name, (kind, laptop, gpu, _, text) in FLAGS.items():
         default = f"{laptop}" if laptop == gpu else f"laptop {laptop}, gpu {gpu}"
         extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
@@ -236,6 +237,11 @@ def open_data(config):
     return data, torch.from_numpy(data.splits["train"][:U].astype(np.int64)), torch.from_numpy(held_out)
 
 
+def size_of(blocks, data):
+    """How much text is evaluated: its tokens and their bytes."""
+    return {"eval_tokens": blocks.numel(), "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum())}
+
+
 def describe(config, data, tokens, blocks, model):
     """The config of a run with all that is known before its first step: the log's first record."""
     counts = torch.bincount(blocks.flatten()).double()
@@ -245,8 +251,7 @@ def describe(config, data, tokens, blocks, model):
     return config | {
         "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size, "parameters": model.num_params(), "steps": steps,
         "flops": 6 * model.num_params() * steps * B * T, "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,
-        "unigram_entropy": -(p * p.log()).sum().item(), "eval_tokens": blocks.numel(),
-        "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum()),
+        "unigram_entropy": -(p * p.log()).sum().item(), **size_of(blocks, data),
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}}
 
@@ -467,8 +472,8 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
     return records
 
 
-def reopen(run, given, name="last.pt"):
-    """The config and the checkpoint to resume a run with. Raises UserError if a given flag contradicts them."""
+def reopen(run, given, name="last.pt", free=FREE_ON_RESUME):
+    """The config and the checkpoint to resume a run with. Raises UserError if a flag that is not free contradicts."""
     saved = load_checkpoint(Path(run) / name)
     config = saved["config"]
     if missing := set(FLAGS) - set(config):
@@ -476,18 +481,25 @@ def reopen(run, given, name="last.pt"):
     if name == "last.pt" and "optimizers" not in saved:
         raise UserError(f"{run}/last.pt has no optimizer state, so nothing can go on from it: is it a copy of best.pt?")
     different = [f"--{key}={value} (the run has {config[key]})" for key, value in given.items()
-                 if key not in FREE_ON_RESUME and value != config[key]]
+                 if key not in free and value != config[key]]
     if different:
         raise UserError(f"{run} can not go on with other settings: {', '.join(different)}; leave them out")
-    return config | {key: given[key] for key in FREE_ON_RESUME & set(given)} | {"out": str(run)}, saved
+    return config | {key: given[key] for key in free & set(given)} | {"out": str(run)}, saved
 
 
 def score_again(run, given):
-    """Evaluate the best checkpoint of a run anew and print the result above what its log says."""
-    config, saved = reopen(run, given, "best.pt")
-    device, dtype, _ = choose_device(config["device"], config["dtype"])
-    now = score(config, model_from_checkpoint(saved).to(device), open_data(config)[2], device, dtype)
-    print(f"now {json.dumps(now)}\nlog {json.dumps({key: saved['state']['best'][f'val_{key}'] for key in now})}")
+    """Evaluate the best and the last checkpoint of a run as after its last step, and print a JSON line for each.
+
+    With another --split than the run's: settings and the best epoch chosen on tune can be reported on val.
+    """
+    for name in ("best", "last"):
+        config, saved = reopen(run, given, f"{name}.pt", FREE_ON_RESUME | {"split"})
+        device, dtype, _ = choose_device(config["device"], config["dtype"])
+        data, _, blocks = open_data(config)
+        config |= size_of(blocks, data)
+        result = score(config, model_from_checkpoint(saved).to(device), blocks, device, dtype, "final_passes")
+        print(json.dumps({"run": str(run), "checkpoint": name, "step": saved["state"]["step"],
+                          "split": config["split"], **result}))
 
 
 def new_run_dir(objective):

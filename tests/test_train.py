@@ -207,8 +207,22 @@ def test_the_commands_from_text_to_samples(tmp_path):
         assert printed.count("\nfree land") == 3
         again = command("sample.py", "--prompt=free land", "--length=24", cwd=tmp_path)  # the newest run is the default
         assert again == printed
-    now, logged = command("train.py", "--eval_only", "--resume=out/diffusion", cwd=tmp_path).splitlines()
-    assert json.loads(now.removeprefix("now ")) == json.loads(logged.removeprefix("log "))
+    again = command("train.py", "--eval_only", "--resume=out/diffusion", cwd=tmp_path).splitlines()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "diffusion" / "log.jsonl").read_text().splitlines()]
+    for line, logged in zip(map(json.loads, again), ("best", "final"), strict=True):
+        assert line["split"] == "val"
+        assert all(line[key] == rows[-1][f"{logged}_{key}"] for key in ("loss", "stderr", "bpb"))
+    again = command("train.py", "--eval_only", "--resume=out/diffusion", "--split=tune", cwd=tmp_path).splitlines()
+    data = prepare.load(tmp_path / "d")
+    blocks = torch.from_numpy(data.splits["tune"].astype(np.int64))
+    blocks = blocks[: len(blocks) // 16 * 16].view(-1, 16)
+    blocks = blocks[np.linspace(0, len(blocks) - 1, min(16, len(blocks))).round().astype(int)]
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "out" / "diffusion" / "last.pt"))
+    loss, _ = evaluate(model, blocks, rows[0]["config"]["final_passes"])
+    line = json.loads(again[1])
+    assert line["split"] == "tune" and line["loss"] == loss
+    text = sum(map(len, (data.tokenizer.pieces[i] for i in blocks.flatten().tolist() if i != data.tokenizer.eot)))
+    assert abs(line["bpb"] - loss * blocks.numel() / text / np.log(2)) < 1e-9
 
 
 def test_help_comes_before_torch_does():
