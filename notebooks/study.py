@@ -46,6 +46,12 @@ STUDIES = {
         "e48": "--epochs=48", "e48-b8": "--epochs=48 --batch_size=8 --lr=0.0014",
         "e400-d.1": "--epochs=400 --dropout=0.1", "e400-d.1-wd1.6": "--epochs=400 --dropout=0.1 --weight_decay=1.6",
     }.items()},
+    # the winners of both searches on val, and plain AR with a schedule as long as it should train
+    "final": {f"{name}-s{seed}": f"--preset=laptop --seed={seed} {flags}" for seed in (1, 2, 3) for name, flags in {
+        "ar-plain": "--objective=ar --epochs=8",
+        "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2 --weight_decay=1.6",
+        "diffusion": "--objective=diffusion --epochs=400 --dropout=0.1",
+    }.items()},
     # does bf16 change the curve by more than a seed does?
     "precision": {f"{objective}-{dtype}-s{seed}": f"--preset=laptop --objective={objective} --epochs=12 "
                   f"--dtype={dtype} --seed={seed}" for objective in ("ar", "diffusion") for seed in (1, 2)
@@ -110,6 +116,18 @@ def run(study, name, threads):
     print(f"{study}-{name}: {'done' if done.returncode == 0 else f'failed, see out/{study}-{name}.txt'}", flush=True)
 
 
+def probe(study):
+    """Probe both checkpoints of every finished run (sample.py --probe); its words go to STUDY-probes.jsonl."""
+    path, rows = RESULTS / f"{study}-probes.jsonl", []
+    for name in read(study):
+        for checkpoint in ("best", "last"):
+            words = ["sample.py", f"--run=out/{study}-{name}", f"--checkpoint={checkpoint}", "--probe"]
+            done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+            rows.append({"name": name, "command": shlex.join(["python", *words]), "printed": done.stdout.splitlines()})
+            print(rows[-1], flush=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def read(study):
     """The logs of a study: {name: (config, records)}, in the order of STUDIES, without runs that have not ended."""
     logs = {}
@@ -149,10 +167,11 @@ def main():
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores [1]")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--probe", action="store_true", help="multiple choice and memorisation for the finished runs")
     parser.add_argument("--plot", action="store_true", help="draw the curves of the finished runs")
     args = parser.parse_args()
-    if args.plot:
-        plot(args.study)
+    if args.plot or args.probe:
+        (plot if args.plot else probe)(args.study)
         return
     if args.print:
         print("\n".join(shlex.join(command(args.study, name)) for name in STUDIES[args.study]))
