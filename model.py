@@ -84,9 +84,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # QK-norm bounds the attention logits
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qk, v = self.qkv(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2).split((2 * self.n_head, self.n_head), dim=1)
+        q, k = rotate(F.rms_norm(qk, qk.shape[-1:]), cos, sin).chunk(2, dim=1)  # QK-norm bounds the attention logits
         if cache is not None:  # [AR] keys and values of all tokens so far (B, H, P+T, D): the past is computed once
             cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v), strict=True)] if cache else [k, v]
             k, v = cache
