@@ -1,0 +1,55 @@
+"""The notebooks: what is stored in them is whole, and each runs from top to bottom in a copy of the project."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SCRIPTS = ("model", "train", "sample", "prepare")
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def test_stored_state_is_that_of_one_run_without_errors(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs and not any(output.output_type == "error" for output in outputs)
+    assert "python 3" in json.dumps(cells[0].outputs) and path.stat().st_size < 1_000_000
+    text = "".join(output.get("text", "") for output in outputs)
+    assert not re.search(r"Warning|Traceback|(?<![\w.])/(home|root|tmp|work|usr)/", text)
+    assert not any(output.get("name") == "stderr" for output in outputs)
+
+
+def test_defines_nothing_that_the_scripts_have(path):
+    def defined(source):
+        source = re.sub(r"^%.*", "", source, flags=re.M)  # IPython's own commands
+        return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+    public = set().union(*(defined((ROOT / f"{name}.py").read_text()) for name in SCRIPTS)) - {"forward"}
+    assert not public & set().union(*(defined(cell.source) for cell in code_cells(path)))
+
+
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    for name in SCRIPTS:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    if (ROOT / "data").exists():
+        shutil.copytree(ROOT / "data", tmp_path / "data")  # else a notebook that trains prepares it
+    monkeypatch.setenv("FAST", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    book = nbformat.read(path, 4)
+    NotebookClient(book, timeout=240, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
+    assert any("fast" in output.get("text", "") for output in book.cells[1].outputs) or "FAST" not in path.read_text()
