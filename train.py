@@ -80,7 +80,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import prepare
-from model import UserError, choose_device, draw_mask, evaluate, load_checkpoint, make_model
+from model import UserError, chain_rule_nll, choose_device, draw_mask, evaluate, load_checkpoint, make_model
 from model import make_optimizers, model_from_checkpoint, precision, save_checkpoint, write_atomic
 
 FREE_ON_RESUME = {"out", "device", "compile"}  # what may differ between a run and its resumption
@@ -490,14 +490,20 @@ def reopen(run, given, name="last.pt", free=FREE_ON_RESUME):
 def score_again(run, given):
     """Evaluate the best and the last checkpoint of a run as after its last step, and print a JSON line for each.
 
-    With another --split than the run's: settings and the best epoch chosen on tune can be reported on val.
+    With another --split than the run's: settings and the best epoch chosen on tune can be reported on val. For
+    diffusion also left_to_right, its exact loss when the tokens are revealed from left to right (T passes a block).
     """
     for name in ("best", "last"):
         config, saved = reopen(run, given, f"{name}.pt", FREE_ON_RESUME | {"split"})
         device, dtype, _ = choose_device(config["device"], config["dtype"])
         data, _, blocks = open_data(config)
         config |= size_of(blocks, data)
-        result = score(config, model_from_checkpoint(saved).to(device), blocks, device, dtype, "final_passes")
+        model = model_from_checkpoint(saved).to(device)
+        result = score(config, model, blocks, device, dtype, "final_passes")
+        if config["objective"] == "diffusion":
+            with precision(device, dtype):
+                exact = [chain_rule_nll(model, x.to(device)) for x in blocks.split(64)]
+            result["left_to_right"] = torch.cat(exact).mean().item()
         print(json.dumps({"run": str(run), "checkpoint": name, "step": saved["state"]["step"],
                           "split": config["split"], **result}))
 

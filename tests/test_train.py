@@ -16,7 +16,8 @@ import torch
 
 import prepare
 import train
-from model import GPT, GPTConfig, UserError, digest, evaluate, load_checkpoint, model_from_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, UserError, chain_rule_nll, digest, evaluate, load_checkpoint, model_from_checkpoint
+from model import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "unique_tokens": 1024,
@@ -220,6 +221,7 @@ def test_the_commands_from_text_to_samples(tmp_path):
     model = model_from_checkpoint(load_checkpoint(tmp_path / "out" / "diffusion" / "last.pt"))
     loss, _ = evaluate(model, blocks, rows[0]["config"]["final_passes"])
     line = json.loads(again[1])
+    assert line["left_to_right"] == pytest.approx(chain_rule_nll(model, blocks).mean().item(), abs=1e-6)
     assert line["split"] == "tune" and line["loss"] == loss
     text = sum(map(len, (data.tokenizer.pieces[i] for i in blocks.flatten().tolist() if i != data.tokenizer.eot)))
     assert abs(line["bpb"] - loss * blocks.numel() / text / np.log(2)) < 1e-9
