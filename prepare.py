@@ -323,6 +323,12 @@ def load(folder):
     return Data(meta, tokenizer, splits)
 
 
+def fingerprint(data):
+    """SHA-256 of a corpus, its tokenizer and its splits, as hexadecimal digits."""
+    known = [data.meta["tokenizer"], [data.meta["splits"][name]["sha256"] for name in SPLITS]]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
 def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=DEFAULT_VOCAB_SIZE, max_tokens=None, out=None,
             command=""):
     """Make the folder out of a dataset or the files inputs, print a table and return the meta; or raise DataError.

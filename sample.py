@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 
 from model import UserError, choose_device, conditional_nll, load_checkpoint, model_from_checkpoint, precision
-from prepare import DataError, Tokenizer, load
+from prepare import DataError, Tokenizer, fingerprint, load
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -187,7 +187,8 @@ def multiple_choice(model, asked):
 
 def probe(model, config, ids, context):
     """Print the two measurements of --probe for a model and its samples ids (B, L)."""
-    data = load(config["data"])
+    if fingerprint(data := load(config["data"])) != config["data_sha256"]:
+        raise UserError(f"{config['data']} is not the data that this run was trained on: prepare that again")
     asked = questions(data, config["split"], config["block_size"])
     with context:
         right, interval = multiple_choice(model, asked)
@@ -319,6 +320,8 @@ def generate(args, folder):
 def run(args):
     """Do what the command line asks for. Raises UserError or DataError for what a person can mend."""
     if args.probe:
+        if args.prompt or args.infill is not None:
+            raise UserError("--probe measures what a run writes from nothing: leave out --prompt and --infill")
         args.num_samples, args.length = 64, 0
     results = [generate(args, folder) for folder in args.compare or [args.run or newest_run()]]
     for r in (result["record"] for result in results):

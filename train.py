@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -160,7 +159,8 @@ def compiled(model, batch, device, dtype):
         with precision(device, dtype):
             run(**batch).mean().backward()
     except Exception as error:  # no compiler, no backend for this system, ...: all mean the same to us
-        print(f"--compile does not work here: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        reason = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+        print(f"--compile does not work here: {': '.join(reason)}")
         run = model
     model.zero_grad()
     return run
@@ -220,8 +220,7 @@ def open_data(config):
         size = default.split("bpe")[1]
         prepare.prepare(vocab_size=int(size), out=folder, command=f"python prepare.py --vocab_size={size}")
     data = prepare.load(folder)
-    known = [data.meta["tokenizer"], [data.meta["splits"][name]["sha256"] for name in prepare.SPLITS]]
-    if config.setdefault("data_sha256", sha := hashlib.sha256(json.dumps(known).encode()).hexdigest()) != sha:
+    if config.setdefault("data_sha256", sha := prepare.fingerprint(data)) != sha:
         raise UserError(f"{folder} is not the data that this run was trained on: prepare that again")
     there, U = len(data.splits["train"]), config["unique_tokens"] or len(data.splits["train"])
     if U > there:
@@ -324,7 +323,9 @@ def join_processes(config):
         raise UserError(f"--batch_size={config['batch_size']}: {world} processes need a multiple of {2 * world}")
     if world > 1:
         if gpu := torch.cuda.is_available() and config["device"] in ("auto", "cuda"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+                raise UserError(f"process {local} has no GPU, there are {torch.cuda.device_count()}: start fewer")
+            torch.cuda.set_device(local)
         if not dist.is_initialized():  # an hour, as the others wait while rank 0 prepares a corpus or evaluates
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
     return rank, world
@@ -372,6 +373,7 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
         run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False)
     loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)  # stays there: to read it is to wait
     started, begun = time.perf_counter() - state["seconds"], state["step"]
+    since = time.perf_counter(), begun  # the last pause of training, to tell its speed
 
     def save(name):
         state.update(loss_sum=loss_sum.item(), seconds=time.perf_counter() - started)
@@ -424,6 +426,8 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
                     raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
                 save("last.pt")  # before the log, so that whatever has a log can be resumed
             logged = {r["step"]: r for r in read_log(out / "log.jsonl") if isinstance(r, dict) and "step" in r}
+            if state["best"] and state["best"]["step"] not in logged:
+                raise UserError(f"{out / 'log.jsonl'} lacks what was evaluated before step {begun}: put it back")
             records = [{"config": config}] + [row for step, row in logged.items() if step <= begun]
             write_atomic(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
         while state["step"] < steps:
@@ -448,7 +452,7 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
             state["loss_steps"] += 1
             bar.update(per_step)
             if state["step"] == begun + 20 and not rank:
-                minutes = (time.perf_counter() - started - state["seconds"]) / 20 * (steps - state["step"]) / 60
+                minutes = (time.perf_counter() - since[0]) / (begun + 20 - since[1]) * (steps - begun - 20) / 60
                 bar.write(f"about {minutes:.1f} minutes to go, evaluations not counted")
             signum = stop()
             if world > 1:  # all end after the same step
@@ -464,6 +468,7 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
                     if state["step"] in due:
                         report()
                     save("last.pt")
+                since = time.perf_counter(), state["step"]
             if signum and state["step"] < steps:
                 raise Interrupted(signum, out)
     if rank:
@@ -524,6 +529,8 @@ def main(argv=None, batch=None):
         signal.signal(number, signal.SIG_DFL)  # the first lets the step end and saves, a second ends at once
 
     try:
+        if run == "":
+            raise UserError("--resume= names no run: is a variable empty?")
         if eval_only:
             if not run:
                 raise UserError("--eval_only scores a run that is there: name it with --resume=out/NAME")
@@ -547,8 +554,8 @@ def main(argv=None, batch=None):
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        print(f"error: {str(error).splitlines()[0]}\nlikely another process of this run has ended and took this one "
-              "along; what was saved is whole: go on with --resume", file=sys.stderr)
+        print(f"error: {str(error).strip().partition(chr(10))[0]}\nlikely another process of this run has ended and "
+              "took this one along; what was saved is whole: go on with --resume", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import train  # noqa: E402
-from model import UserError, draw_mask  # noqa: E402
+from model import draw_mask  # noqa: E402
 
 
 def fixed_orders(N, T, seed):
@@ -35,11 +35,12 @@ def orders(N):
     step. Evaluation stays left to right, one of the N.
     """
     def batch(config, tokens, step, rows=slice(None)):
-        x = train.get_batch(config, tokens, step, rows)["x"]  # (B, T)
+        given = train.get_batch(config, tokens, step, rows)  # x (B, T), and seen where some of it is disturbed
         B, T = config["batch_size"], config["block_size"]
         drawn = np.random.default_rng(train.derive(config["seed"], "order of a block", step)).integers(N, size=B)[rows]
-        order = fixed_orders(N, T, config["seed"])[drawn].to(x.device)  # (B, T)
-        return {"x": x.gather(1, order), "position": F.pad(order[:, :-1] + 1, (1, 0))}
+        order = fixed_orders(N, T, config["seed"])[drawn].to(tokens.device)  # (B, T)
+        permuted = {name: value.gather(1, order) for name, value in given.items()}
+        return permuted | {"position": F.pad(order[:, :-1] + 1, (1, 0))}
     batch.__name__ = f"orders({N})"
     return batch
 
@@ -69,11 +70,12 @@ def main():
     if len(words) != 2 or words[0] not in ("orders", "masks") or not words[1].isdecimal():
         print(__doc__)
         return 2
-    kind, number = words[0], int(words[1])
-    given = sys.argv[3:]
-    if kind == "orders" and (number < 1 or "--objective=ar" not in given and not any("--resume" in w for w in given)):
-        raise UserError("orders takes a number of at least 1 and --objective=ar")
-    return train.main(given, {"orders": orders, "masks": masks}[kind](number))
+    (kind, number), given = words, sys.argv[3:]
+    objective = {"orders": "ar", "masks": "diffusion"}[kind]
+    if kind == "orders" and number == "0" or not any(w == f"--objective={objective}" or "--resume" in w for w in given):
+        print(f"error: {kind} {number}: it takes --objective={objective}, and orders at least 1", file=sys.stderr)
+        return 2
+    return train.main(given, {"orders": orders, "masks": masks}[kind](int(number)))
 
 
 if __name__ == "__main__":

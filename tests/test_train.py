@@ -307,6 +307,24 @@ def test_when_one_process_dies_all_end_and_what_was_saved_goes_on(corpus, tmp_pa
     assert load_checkpoint(tmp_path / "out" / "two" / "last.pt")["state"]["step"] >= step
 
 
+def test_a_finished_run_without_its_log_and_an_empty_resume_are_refused(corpus, tmp_path):
+    settings = flags(SMALL | {"data": corpus, "epochs": 1})
+    command("train.py", *settings, "--out=out/run", cwd=tmp_path)
+    (tmp_path / "out" / "run" / "log.jsonl").unlink()
+    assert "lacks what was evaluated" in command("train.py", "--resume=out/run", cwd=tmp_path, code=2)
+    assert not (tmp_path / "out" / "run" / "log.jsonl").exists()
+    assert "names no run" in command("train.py", *settings, "--resume=", cwd=tmp_path, code=2)
+
+
+def test_probe_refuses_data_that_has_changed(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "d")
+    command("train.py", *flags(SMALL | {"data": "d", "epochs": 1}), "--out=out/run", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "d")
+    prepare.prepare(inputs=[corpus.parent / "text.txt"], vocab_size=300, out=tmp_path / "d")
+    assert "is not the data" in command("sample.py", "--run=out/run", "--probe", cwd=tmp_path, code=2)
+    assert "from nothing" in command("sample.py", "--run=out/run", "--probe", "--prompt=a", cwd=tmp_path, code=2)
+
+
 def test_a_batch_that_can_not_be_shared_is_refused(corpus, tmp_path):
     code, _, error = torchrun(*flags(SMALL | {"batch_size": 6, "data": corpus}), cwd=tmp_path)
     assert code != 0 and "--batch_size=6: 2 processes need a multiple of 4" in error

@@ -24,6 +24,14 @@ def test_one_order_is_plain_ar():
     assert torch.equal(plain["x"], one["x"]) and torch.allclose(model(**plain), model(**one))
 
 
+def test_what_is_hidden_moves_too():
+    config = CONFIG | {"hide": 0.5}
+    plain, batch = train.get_batch(config, TOKENS, 3), why.orders(4)(config, TOKENS, 3)
+    for name in ("x", "seen"):
+        assert torch.equal(batch[name].sort().values, plain[name].sort().values)
+    assert torch.equal(batch["seen"] == 100, batch["seen"] != batch["x"]) and (batch["seen"] == 100).any()
+
+
 def test_every_order_moves_tokens_and_positions_together():
     seen = set()
     for step in range(40):
