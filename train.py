@@ -551,6 +551,8 @@ def main(argv=None, batch=None):
         if not int(os.environ.get("RANK", 0)):
             print(f"\nsaved; go on with: python train.py --resume={shlex.quote(str(out))}")
         return 128 + number
+    except KeyboardInterrupt:  # before the first step, or in --eval_only: there is nothing to save
+        return 128 + signal.SIGINT
     except RuntimeError as error:
         if not dist.is_initialized():
             raise

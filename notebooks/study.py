@@ -69,10 +69,9 @@ STUDIES = {
         "char-diffusion-e200-d.1": "--data=data/sotu-char --objective=diffusion --epochs=200 --dropout=0.1",
         "u16k-diffusion-e1600-d.1": "--unique_tokens=16384 --objective=diffusion --epochs=1600 --dropout=0.1",
     }.items()},
-    # notebook 04: AR on N fixed orders; diffusion under M masks a block; what AR reads disturbed
+    # notebook 04: AR on N fixed orders; diffusion under M fixed masks a block (0: fresh ones)
     "why": {f"orders{n}": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "
-            "--epochs=64"
-            for n in (1, 2, 4, 8, 16, 64)} |
+            "--epochs=64" for n in (1, 2, 4, 8, 16, 64)} |
            {f"masks{m}": f"notebooks/why.py masks {m} --preset=laptop --objective=diffusion --unique_tokens=16384 "
             "--epochs=256" for m in (0, 1, 4, 16, 64)},
     # notebook 03: losses over unique tokens, epochs and parameters, each run with its whole schedule; the short ones
