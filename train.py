@@ -498,19 +498,21 @@ def score_again(run, given):
     With another --split than the run's: settings and the best epoch chosen on tune can be reported on val. For
     diffusion also left_to_right, its exact loss when the tokens are revealed from left to right (T passes a block).
     """
+    step, result = None, {}
     for name in ("best", "last"):
         config, saved = reopen(run, given, f"{name}.pt", FREE_ON_RESUME | {"split"})
-        device, dtype, _ = choose_device(config["device"], config["dtype"])
-        data, _, blocks = open_data(config)
-        config |= size_of(blocks, data)
-        model = model_from_checkpoint(saved).to(device)
-        result = score(config, model, blocks, device, dtype, "final_passes")
-        if config["objective"] == "diffusion":
-            with precision(device, dtype):
-                exact = [chain_rule_nll(model, x.to(device)) for x in blocks.split(64)]
-            result["left_to_right"] = torch.cat(exact).mean().item()
-        print(json.dumps({"run": str(run), "checkpoint": name, "step": saved["state"]["step"],
-                          "split": config["split"], **result}))
+        if saved["state"]["step"] != step:  # or the best is the last: told again, not computed again
+            step = saved["state"]["step"]
+            device, dtype, _ = choose_device(config["device"], config["dtype"])
+            data, _, blocks = open_data(config)
+            config |= size_of(blocks, data)
+            model = model_from_checkpoint(saved).to(device)
+            result = score(config, model, blocks, device, dtype, "final_passes")
+            if config["objective"] == "diffusion":
+                with precision(device, dtype):
+                    exact = [chain_rule_nll(model, x.to(device)) for x in blocks.split(64)]
+                result["left_to_right"] = torch.cat(exact).mean().item()
+        print(json.dumps({"run": str(run), "checkpoint": name, "step": step, "split": config["split"], **result}))
 
 
 def new_run_dir(objective):

@@ -74,6 +74,28 @@ STUDIES = {
             "--epochs=64" for n in (1, 2, 4, 8, 16, 64)} |
            {f"masks{m}": f"notebooks/why.py masks {m} --preset=laptop --objective=diffusion --unique_tokens=16384 "
             "--epochs=256" for m in (0, 1, 4, 16, 64)},
+    # notebook 04: diffusion that hides suffixes (1) or anything (0); few blocks, as --exact needs T passes for each
+    "reveal": {name: f"{flags} --preset=laptop --unique_tokens=16384 --eval_blocks=128" for name, flags in {
+        "suffix-e16": "notebooks/why.py reveal 1 --objective=diffusion --epochs=16",
+        "suffix-e64": "notebooks/why.py reveal 1 --objective=diffusion --epochs=64",
+        "ar-e64": "train.py --objective=ar --epochs=64",
+        "suffix-e256": "notebooks/why.py reveal 1 --objective=diffusion --epochs=256",
+        "any-e256": "notebooks/why.py reveal 0 --objective=diffusion --epochs=256",
+    }.items()},
+    # notebook 04: what the literature gives to AR, one thing at a time
+    "augment": {f"{name}-s{seed}": f"{flags} --preset=laptop --objective=ar --unique_tokens=16384 --epochs=48 "
+                f"--seed={seed}" for seed in (1, 2, 3) for name, flags in {
+        "plain": "train.py", "dropout.2": "train.py --dropout=0.2", "replace.15": "train.py --replace=0.15",
+        "hide.15": "train.py --hide=0.15", "wd1.6": "train.py --weight_decay=1.6",
+        "attention.2": "notebooks/why.py attention --dropout=0.2",
+    }.items()},
+    # notebook 04: both objectives on data/source, made by `python notebooks/why.py source data/source`
+    "source": {f"{name}-u{U // 1024}k-s{seed}": f"--preset=laptop --data=data/source --unique_tokens={U} "
+               f"--epochs={2**22 // U} --block_size=32 --batch_size=64 --n_embd=64 --eval_blocks=0 --seed={seed} "
+               f"{flags}" for seed in (1, 2) for U in (8192, 65536) for name, flags in {
+        "ar": "--objective=ar", "ar-tuned": "--objective=ar --dropout=0.2 --weight_decay=1.6",
+        "diffusion": "--objective=diffusion",
+    }.items()},
     # notebook 03: losses over unique tokens, epochs and parameters, each run with its whole schedule; the short ones
     # first, so that a grid broken off still spans all sizes. Fewer than 64 steps (AR) or 256 (diffusion, which sits at
     # the unigram entropy until then) would measure the warm-up and not the data. 112 runs; about 105 minutes of one
@@ -115,16 +137,18 @@ def run(study, name, threads):
     print(f"{study}-{name}: {'done' if done.returncode == 0 else f'failed, see out/{study}-{name}.txt'}", flush=True)
 
 
-def probe(study):
-    """Probe both checkpoints of every finished run (sample.py --probe); its words go to STUDY-probes.jsonl."""
-    path, rows = RESULTS / f"{study}-probes.jsonl", []
+def ask(study, what):
+    """Put a question to the finished runs whose checkpoints are here; the answers go to STUDY-probe.jsonl or -exact."""
+    scripts = {"probe": [f"sample.py --run={{}} --checkpoint={name} --probe" for name in ("best", "last")],
+               "exact": ["train.py --resume={} --eval_only"]}
+    rows = []
     for name in read(study):
-        for checkpoint in ("best", "last"):
-            words = ["sample.py", f"--run=out/{study}-{name}", f"--checkpoint={checkpoint}", "--probe"]
+        for script in scripts[what] if (ROOT / "out" / f"{study}-{name}").exists() else []:
+            words = shlex.split(script.format(f"out/{study}-{name}"))
             done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True)
             rows.append({"name": name, "command": shlex.join(["python", *words]), "printed": done.stdout.splitlines()})
             print(rows[-1], flush=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (RESULTS / f"{study}-{what}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read(study):
@@ -167,10 +191,14 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores [1]")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--probe", action="store_true", help="multiple choice and memorisation for the finished runs")
+    parser.add_argument("--exact", action="store_true", help="score them again: diffusion also exactly, left to right")
     parser.add_argument("--plot", action="store_true", help="draw the curves of the finished runs")
     args = parser.parse_args()
-    if args.plot or args.probe:
-        (plot if args.plot else probe)(args.study)
+    if args.plot:
+        plot(args.study)
+        return
+    if args.probe or args.exact:
+        ask(args.study, "probe" if args.probe else "exact")
         return
     if args.print:
         print("\n".join(shlex.join(command(args.study, name)) for name in STUDIES[args.study]))

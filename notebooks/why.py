@@ -1,12 +1,16 @@
-"""train.py with other batches, for notebook 04: each objective with more, or fewer, orders and masks.
+"""Experiments for notebook 04: train.py with other batches, and a text of known entropy.
 
     python notebooks/why.py orders 4 --objective=ar --epochs=24         AR on 4 fixed orders, scored from left to right
     python notebooks/why.py masks 4 --objective=diffusion --epochs=100  diffusion that meets every block under 4 masks
+    python notebooks/why.py reveal 1 --objective=diffusion --epochs=64  diffusion that hides ends of 1 order: suffixes
+    python notebooks/why.py attention --objective=ar --dropout=0.2      AR with its dropout in the attention alone
+    python notebooks/why.py source data/source                          write a corpus of a known Markov source
 
 All other flags are train.py's.
 """
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -16,8 +20,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import prepare  # noqa: E402
 import train  # noqa: E402
-from model import draw_mask  # noqa: E402
+from model import draw_mask, make_model  # noqa: E402
 
 
 def fixed_orders(N, T, seed):
@@ -65,17 +70,110 @@ def masks(M):
     return batch
 
 
+def reveal(N):
+    """A batch for train.train in which diffusion hides the last k tokens of one of N fixed orders; 0: of any order.
+
+    With N = 1 those are suffixes, so that all it ever learns is to go on from a beginning, as AR does. The sizes k are
+    those of the usual masks.
+    """
+    def batch(config, tokens, step, rows=slice(None)):
+        given = train.get_batch(config, tokens, step, rows)
+        if N:
+            T, x = config["block_size"], given["x"]
+            rng = np.random.default_rng(train.derive(config["seed"], "order of a block", step))
+            drawn = rng.integers(N, size=config["batch_size"])[rows]
+            rank = fixed_orders(N, T, config["seed"]).argsort(1)[drawn].to(x.device)  # (B, T) when a token is revealed
+            mask = rank >= T - given["mask"].sum(1, keepdim=True)
+            given |= {"mask": mask, "index": mask.flatten().nonzero().squeeze(1)}
+        return given
+    batch.__name__ = f"reveal({N})"
+    return batch
+
+
+def attention(config, tokens, step, rows=slice(None)):
+    """train.get_batch under a name of its own, so that such a run is resumed with its own kind of dropout."""
+    return train.get_batch(config, tokens, step, rows)
+
+
+def with_dropout_in_attention_only(config):
+    """model.make_model, but of all places where the network drops values only the attention weights are left."""
+    model = make_model(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def markov(K=16, seed=1, concentration=0.1):
+    """A random second-order Markov source over K symbols: p(next | last two), (K, K, K) float64, rows sum to 1."""
+    return np.random.default_rng(seed).dirichlet(np.full(K, concentration), size=(K, K))
+
+
+def stationary(p):
+    """The distribution of two neighbouring symbols, (K, K), by power iteration. Raises ValueError if it finds none."""
+    pair = np.full(p.shape[:2], 1 / p[..., 0].size)
+    for _ in range(10_000):
+        pair, before = np.einsum("ab,abc->bc", pair, p), pair
+        if np.abs(pair - before).sum() < 1e-13:
+            return pair
+    raise ValueError("the source settles into no stationary distribution: take another seed")
+
+
+def block_entropy(p, T):
+    """Entropy of T >= 2 tokens of the source in nats per token: no model's loss can be lower on average, in any order.
+
+    H(x_1..x_T) = H(x_1, x_2) + (T - 2) H(x_3 | x_1, x_2), exact, as the source is of second order.
+    """
+    pair = stationary(p)
+    first, rate = (-np.sum(q * np.log(np.where(q > 0, q, 1))) for q in (pair, pair[..., None] * p))
+    return (first + (T - 2) * (rate - first)) / T
+
+
+def source_nll(p, x):
+    """-log p of blocks x (N, T) under the source itself, in nats per token, (N,)."""
+    first = np.log(stationary(p)[x[:, 0], x[:, 1]])
+    return -(first + np.log(p[x[:, :-2], x[:, 1:-1], x[:, 2:]]).sum(1)) / x.shape[1]
+
+
+def write_source(folder, train_tokens=65_536, held_out=65_536):
+    """Prepare a corpus of markov()'s source as prepare.py would: three texts of its own, without <|endoftext|>."""
+    p, sizes = markov(), {"train": train_tokens, "val": held_out, "tune": held_out}
+    rng = np.random.default_rng(2)
+    coder = prepare.Tokenizer({"kind": "char", "characters": "abcdefghijklmnop"})
+    cumulative = p.cumsum(2)
+    with prepare.replacing(folder) as new:
+        splits = {}
+        for name, size in sizes.items():
+            a, b = divmod(rng.choice(p[..., 0].size, p=stationary(p).ravel()), len(p))
+            x = [a, b]
+            for u in rng.random(size - 2):
+                x.append(min(int(np.searchsorted(cumulative[x[-2], x[-1]], u)), len(p) - 1))
+            text = bytes(ord("a") + i for i in x)
+            splits[name] = prepare.write_split(new / f"{name}.bin", coder, [(0, text)], size)
+        meta = {"format": prepare.FORMAT, "version": prepare.VERSION, "dataset": "source", "dtype": coder.dtype.name,
+                "command": f"python notebooks/why.py source {folder}", "splits": splits, "tokenizer": coder.to_dict()}
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
 def main():
     words = list(itertools.takewhile(lambda word: not word.startswith("--"), sys.argv[1:]))
-    if len(words) != 2 or words[0] not in ("orders", "masks") or not words[1].isdecimal():
-        print(__doc__)
+    given = sys.argv[1 + len(words):]
+    match words:
+        case ["source", folder] if not given:
+            write_source(Path(folder))
+            return 0
+        case ["attention"]:
+            objective, batch, train.make_model = "ar", attention, with_dropout_in_attention_only
+        case ["orders" | "masks" | "reveal" as kind, number] if number.isdecimal():
+            objective = "ar" if kind == "orders" else "diffusion"
+            batch = {"orders": orders, "masks": masks, "reveal": reveal}[kind](int(number))
+        case _:
+            print(__doc__)
+            return 2
+    if words == ["orders", "0"] or not any(w == f"--objective={objective}" or "--resume" in w for w in given):
+        print(f"error: {' '.join(words)}: it takes --objective={objective}, and orders at least 1", file=sys.stderr)
         return 2
-    (kind, number), given = words, sys.argv[3:]
-    objective = {"orders": "ar", "masks": "diffusion"}[kind]
-    if kind == "orders" and number == "0" or not any(w == f"--objective={objective}" or "--resume" in w for w in given):
-        print(f"error: {kind} {number}: it takes --objective={objective}, and orders at least 1", file=sys.stderr)
-        return 2
-    return train.main(given, {"orders": orders, "masks": masks}[kind](int(number)))
+    return train.main(given, batch)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,3 +62,47 @@ def test_a_run_goes_on_with_its_own_batches_only(tmp_path):
     begun = CONFIG | {"batch": "orders(2)", "out": str(tmp_path)}
     with pytest.raises(UserError, match="orders\\(2\\)"):
         train.train(begun, batch=why.orders(4))
+
+
+def test_reveal_hides_the_last_k_of_one_order_and_leaves_k_alone():
+    config = CONFIG | {"objective": "diffusion"}
+    for step in range(20):
+        plain, same = train.get_batch(config, TOKENS, step), why.reveal(0)(config, TOKENS, step)
+        assert plain.keys() == same.keys() and all(torch.equal(plain[name], same[name]) for name in plain)
+        for N in (1, 3):
+            given = why.reveal(N)(config, TOKENS, step)
+            mask = given["mask"]
+            assert torch.equal(given["x"], plain["x"]) and torch.equal(mask.sum(1), plain["mask"].sum(1))
+            assert torch.equal(given["index"], mask.flatten().nonzero().squeeze(1))
+            assert N > 1 or not (mask[:, :-1] & ~mask[:, 1:]).any()
+            for row in mask:
+                ends = why.fixed_orders(N, 7, config["seed"])[:, 7 - int(row.sum()):].sort(1).values
+                assert row.nonzero().flatten().tolist() in ends.tolist()
+
+
+def test_dropout_in_the_attention_alone():
+    model = why.with_dropout_in_attention_only({**tiny("ar").config.__dict__, "dropout": 0.5})
+    x = torch.randint(0, model.config.vocab_size, (64, model.config.block_size))
+    assert not torch.equal(model(x), model(x))  # the attention weights are dropped
+    for block in model.blocks:
+        block.attn.dropout = 0.0
+    assert torch.equal(model(x), model(x))  # and nothing else is
+
+
+def test_the_source_is_as_its_entropy_says(tmp_path):
+    p = why.markov()
+    pair = why.stationary(p)
+    assert np.allclose(p.sum(2), 1) and np.isclose(pair.sum(), 1)
+    assert np.allclose(np.einsum("ab,abc->bc", pair, p), pair)
+    q = why.markov(K=3, concentration=1)  # all 3^5 blocks at once
+    blocks = np.stack(np.meshgrid(*[range(3)] * 5, indexing="ij"), -1).reshape(-1, 5)
+    nll = 5 * why.source_nll(q, blocks)
+    assert np.isclose(np.exp(-nll).sum(), 1)
+    assert np.isclose((np.exp(-nll) * nll).sum() / 5, why.block_entropy(q, 5))
+    why.write_source(tmp_path / "source", 4096, 65_536)
+    data = why.prepare.load(tmp_path / "source")
+    assert len(data.splits["train"]) == 4096 and data.tokenizer.eot not in data.splits["val"]
+    x = np.asarray(data.splits["val"]).astype(int).reshape(-1, 32)
+    nll = why.source_nll(p, x)
+    assert abs(nll.mean() - why.block_entropy(p, 32)) < 4 * nll.std() / len(nll) ** 0.5
+    assert (data.splits["val"][:4096] != data.splits["train"]).mean() > 0.5
