@@ -72,6 +72,8 @@ STUDIES = {
     # notebook 04: AR on N fixed orders; diffusion under M fixed masks a block (0: fresh ones)
     "why": {f"orders{n}": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "
             "--epochs=64" for n in (1, 2, 4, 8, 16, 64)} |
+           {f"orders{n}-e256": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "
+            "--epochs=256" for n in (4, 16, 8, 64)} |
            {f"masks{m}": f"notebooks/why.py masks {m} --preset=laptop --objective=diffusion --unique_tokens=16384 "
             "--epochs=256" for m in (0, 1, 4, 16, 64)},
     # notebook 04: diffusion that hides suffixes (1) or anything (0); few blocks, as --exact needs T passes for each
