@@ -2,7 +2,7 @@
 
     python notebooks/study.py laptop --jobs=2      run what is not done yet, two at a time, resuming what was broken off
     python notebooks/study.py laptop --print       only print the plain commands, for a cluster's scheduler to take
-    python notebooks/study.py laptop --plot        draw notebooks/results/laptop.png from the logs that are there
+    python notebooks/study.py final --plot         draw notebooks/results/crossover.png from the logs that are there
 
 A finished run's log.jsonl is copied to notebooks/results/STUDY-NAME.jsonl as train.py wrote it; nothing is converted.
 """
@@ -16,6 +16,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
@@ -46,9 +48,8 @@ STUDIES = {
         "e48": "--epochs=48", "e48-b8": "--epochs=48 --batch_size=8 --lr=0.0014",
         "e400-d.1": "--epochs=400 --dropout=0.1", "e400-d.1-wd1.6": "--epochs=400 --dropout=0.1 --weight_decay=1.6",
     }.items()},
-    # the winners of both searches on val, and plain AR with a schedule as long as it should train
+    # the winners of both searches on val
     "final": {f"{name}-s{seed}": f"--preset=laptop --seed={seed} {flags}" for seed in (1, 2, 3) for name, flags in {
-        "ar-plain": "--objective=ar --epochs=8",
         "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2 --weight_decay=1.6",
         "diffusion": "--objective=diffusion --epochs=400 --dropout=0.1",
     }.items()},
@@ -141,12 +142,13 @@ def run(study, name, threads):
 
 def ask(study, what):
     """Put a question to the finished runs whose checkpoints are here; the answers go to STUDY-probe.jsonl or -exact."""
-    scripts = {"probe": [f"sample.py --run={{}} --checkpoint={name} --probe" for name in ("best", "last")],
-               "exact": ["train.py --resume={} --eval_only"]}
     rows = []
-    for name in read(study):
-        for script in scripts[what] if (ROOT / "out" / f"{study}-{name}").exists() else []:
-            words = shlex.split(script.format(f"out/{study}-{name}"))
+    for name, (_, records) in read(study).items():
+        run, ended = f"out/{study}-{name}", records[-1]["val_loss"] == min(record["val_loss"] for record in records)
+        ways = {"exact": [["train.py", f"--resume={run}", "--eval_only"]],
+                "probe": [["sample.py", f"--run={run}", f"--checkpoint={checkpoint}", "--probe"]
+                          for checkpoint in ("best", "last")[:1 if ended else 2]]}  # or the best is the last
+        for words in ways[what] if (ROOT / run).exists() else []:
             done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True)
             rows.append({"name": name, "command": shlex.join(["python", *words]), "printed": done.stdout.splitlines()})
             print(rows[-1], flush=True)
@@ -163,28 +165,51 @@ def read(study):
     return logs
 
 
-def plot(study):
-    """Validation loss against epochs (FLOPs above) of every run of a study that compares ar and diffusion."""
+def curve(records, key="val_loss"):
+    """Epochs and losses of a log, (2, evaluations)."""
+    return np.array([(record["epoch"], record[key]) for record in records]).T
+
+
+def crossing(ar, diffusion):
+    """The first epoch at which a diffusion curve is under an AR curve, between evaluations by their logs, or None."""
+    (e, a), (f, d) = curve(ar), curve(diffusion)
+    gap = np.interp(np.log(e), np.log(f), d) - a
+    for i in range(1, len(e)):
+        if gap[i - 1] > 0 >= gap[i]:
+            return float(np.exp(np.interp(0, [-gap[i - 1], -gap[i]], np.log(e[i - 1: i + 1]))))
+
+
+def plot():
+    """README's figure, crossover.png: AR as it comes, AR tuned, and diffusion, with what crosses and what does not."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    styles = {"ar": ("--", "left to right (exact)"), "diffusion": ("-", "diffusion (bound)")}
-    logs = list(read(study).values())
-    for config, records in logs:
-        style, label = styles[config["objective"]]
-        ax.plot([r["epoch"] for r in records], [r["val_loss"] for r in records], style, color="black", lw=1,
-                label=label if config["seed"] == 1 else None)
-    lowest = min(r["val_loss"] for config, records in logs if config["objective"] == "ar" for r in records)
-    ax.axhline(lowest, color="0.6", lw=1, label=f"lowest point of left to right, {lowest:.3f}")
-    config, records = logs[0]
+    final = read("final")
+    groups = {"left to right (exact)": (":", [log for log in read("laptop").values() if log[0]["objective"] == "ar"]),
+              "left to right, tuned (exact)": ("--", [log for name, log in final.items() if name.startswith("ar")]),
+              "diffusion, tuned (bound)": ("-", [log for name, log in final.items() if name.startswith("diffusion")])}
+    for label, (style, logs) in groups.items():
+        for i, (_, records) in enumerate(logs):
+            ax.plot(*curve(records), style, color="black", lw=1.2,
+                    label=f"{label}, {len(logs)} seed{'s' * (len(logs) > 1)}" if i == 0 else None)
+    (_, plain), (_, tuned), (_, diffusion) = groups.values()
+    crossings = [e for (_, a), (_, d) in zip(plain, diffusion, strict=False) if (e := crossing(a, d))]
+    at = np.mean([np.interp(np.log(e), np.log(curve(d)[0]), curve(d)[1])
+                  for e, (_, d) in zip(crossings, diffusion, strict=False)])
+    ax.plot(np.mean(crossings), at, "o", color="black", mfc="white", ms=9,
+            label=f"crossing at equal epochs, near {np.mean(crossings):.0f}")
+    for name, logs in (("left to right's lowest", plain), ("tuned left to right's lowest", tuned)):
+        lowest = np.mean([records[-1]["best_loss"] for _, records in logs])
+        ax.axhline(lowest, color="0.6", lw=1)
+        ax.text(1, lowest, f"{name}, {lowest:.3f} on average", fontsize=8, va="bottom")
+    config, records = diffusion[0]
     scale = records[-1]["flops"] / records[-1]["epoch"]
-    ax.set(xscale="log", xlabel="epochs", ylabel="validation, nats per token",
-           title=f"{config['parameters'] / 1e6:.1f}M parameters, {config['unique_tokens']:,} unique tokens, "
-                 f"{len(logs) // 2} seed{'s' * (len(logs) > 2)} each")
+    ax.set(xscale="log", xlabel="epochs", ylabel="validation, nats per token", ylim=(2.9, 7),
+           title=f"{config['parameters'] / 1e6:.1f}M parameters, {config['unique_tokens']:,} unique tokens")
     ax.secondary_xaxis("top", functions=(lambda e: e * scale, lambda f: f / scale)).set_xlabel("FLOPs")
-    ax.legend(frameon=False)
-    fig.savefig(RESULTS / f"{study}.png", dpi=120)
+    ax.legend(frameon=False, fontsize=9)
+    fig.savefig(RESULTS / "crossover.png", dpi=120)
 
 
 def main():
@@ -194,10 +219,10 @@ def main():
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--probe", action="store_true", help="multiple choice and memorisation for the finished runs")
     parser.add_argument("--exact", action="store_true", help="score them again: diffusion also exactly, left to right")
-    parser.add_argument("--plot", action="store_true", help="draw the curves of the finished runs")
+    parser.add_argument("--plot", action="store_true", help="draw README's figure from laptop and final")
     args = parser.parse_args()
     if args.plot:
-        plot(args.study)
+        plot()
         return
     if args.probe or args.exact:
         ask(args.study, "probe" if args.probe else "exact")
