@@ -183,31 +183,36 @@ def plot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    final = read("final")
-    groups = {"left to right (exact)": (":", [log for log in read("laptop").values() if log[0]["objective"] == "ar"]),
-              "left to right, tuned (exact)": ("--", [log for name, log in final.items() if name.startswith("ar")]),
-              "diffusion, tuned (bound)": ("-", [log for name, log in final.items() if name.startswith("diffusion")])}
-    for label, (style, logs) in groups.items():
-        for i, (_, records) in enumerate(logs):
-            ax.plot(*curve(records), style, color="black", lw=1.2,
-                    label=f"{label}, {len(logs)} seed{'s' * (len(logs) > 1)}" if i == 0 else None)
-    (_, plain), (_, tuned), (_, diffusion) = groups.values()
-    crossings = [e for (_, a), (_, d) in zip(plain, diffusion, strict=False) if (e := crossing(a, d))]
-    at = np.mean([np.interp(np.log(e), np.log(curve(d)[0]), curve(d)[1])
-                  for e, (_, d) in zip(crossings, diffusion, strict=False)])
-    ax.plot(np.mean(crossings), at, "o", color="black", mfc="white", ms=9,
-            label=f"crossing at equal epochs, near {np.mean(crossings):.0f}")
-    for name, logs in (("left to right's lowest", plain), ("tuned left to right's lowest", tuned)):
-        lowest = np.mean([records[-1]["best_loss"] for _, records in logs])
-        ax.axhline(lowest, color="0.6", lw=1)
-        ax.text(1, lowest, f"{name}, {lowest:.3f} on average", fontsize=8, va="bottom")
+    laptop, final = read("laptop"), read("final")
+    plain, diffusion = ([log for log in laptop.values() if log[0]["objective"] == o] for o in ("ar", "diffusion"))
+    tuned = [log for name, log in final.items() if name.startswith("ar")]
+    longer = [log for name, log in final.items() if name.startswith("diffusion")]
+    again = json.loads((RESULTS / "search-diffusion-e400-d.1.val.jsonl").read_text().splitlines()[0])
     config, records = diffusion[0]
-    scale = records[-1]["flops"] / records[-1]["epoch"]
+    scale = records[-1]["flops"] / records[-1]["epoch"]  # FLOPs an epoch
+    tokens = records[-1]["tokens"] / records[-1]["epoch"]
+    fig, ax = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    for logs, style, shade, label in ((plain, "--", "0", "left to right (exact)"),
+                                      (tuned, "-.", "0.45", "left to right, tuned (exact)"),
+                                      (diffusion, "-", "0", "diffusion (bound)"),
+                                      (longer, "-", "0.45", "diffusion, tuned (bound)")):
+        for i, (_, rows) in enumerate(logs):
+            ax.plot(*curve(rows), style, color=shade, lw=1.2, label=None if i else f"{label}, {len(logs)} seeds")
+    ax.plot(again["step"] * config["batch_size"] * config["block_size"] / tokens, again["loss"], "ks", ms=5,
+            label="diffusion, tuned, 400 epochs (bound), seed 1")
+    at = [crossing(ar, d) for (_, ar), (_, d) in zip(plain, diffusion, strict=True)]
+    height = np.mean([np.interp(np.log(e), np.log(curve(d)[0]), curve(d)[1])
+                      for e, (_, d) in zip(at, diffusion, strict=True)])
+    ax.plot(np.mean(at), height, "o", color="black", mfc="white", ms=9,
+            label=f"crossing at equal epochs, near {np.mean(at):.0f}")
+    for name, logs in (("left to right's lowest", plain), ("tuned", tuned)):
+        lowest = np.mean([rows[-1]["best_loss"] for _, rows in logs])
+        ax.axhline(lowest, color="0.7", lw=1, zorder=0)
+        ax.text(1, lowest - 0.02, f"{name}: {lowest:.2f}", fontsize=8, va="top")
     ax.set(xscale="log", xlabel="epochs", ylabel="validation, nats per token", ylim=(2.9, 7),
            title=f"{config['parameters'] / 1e6:.1f}M parameters, {config['unique_tokens']:,} unique tokens")
     ax.secondary_xaxis("top", functions=(lambda e: e * scale, lambda f: f / scale)).set_xlabel("FLOPs")
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.92))
     fig.savefig(RESULTS / "crossover.png", dpi=120)
 
 
