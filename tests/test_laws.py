@@ -53,7 +53,7 @@ def test_the_fit_finds_the_constants(truth):
 
 
 def test_a_start_that_diverges_harms_no_other():
-    """An alpha near 0 makes an N_opt that overflows. Once that made a NaN of every law, and a fit of NaN was returned."""
+    """An alpha near 0 makes an N_opt that overflows. Once that made every law NaN, and a fit of NaN was returned."""
     rows = synthetic(AR, 0.0)
     columns = [laws.number([row[key] for row in rows]) for key in ("N", "U", "E", "loss")]
     N, U, E, y = columns
