@@ -18,11 +18,15 @@ import torch
 # check value L(6.34e9, 242e9 tokens of 25e9 unique) = 2.2256; the digits below give it.
 MUENNIGHOFF = {"A": math.exp(6.255414), "B": math.exp(7.3049974), "alpha": 0.3526596, "beta": 0.3526596,
                "E0": math.exp(0.6254804), "R_D": 15.387756, "R_N": 5.309743}
-PAPER = {"ar": {"R_D": 31.19, "R_N": 55.16}, "diffusion": {"R_D": 493.89, "R_N": 1265.65}}  # 2507.15857, table 1b
+PAPER = {"ar": {"R_D": 31.19, "R_N": 55.16, "R2": 0.763},  # 2507.15857, table 1b
+         "diffusion": {"R_D": 493.89, "R_N": 1265.65, "R2": 0.978}}
 PAPER_LINE = 0.460, -1.050  # log10 U = 0.460 log10 C - 1.050, U in tokens
 FIRST, SECOND = ("A", "B", "alpha", "beta", "E0"), ("R_D", "R_N")  # the two steps of the fit
 DELTA = 1e-3  # of the Huber loss
 BOUND = 1e6  # the largest R* a fit returns: there a repeated token is worth a new one at any E in reach
+# Where a fit may look. A and B: their terms in nats at the mean N and U. An E0 of 0.001 nats is as good as none.
+RANGE = {"A": (1e-4, 1e2), "B": (1e-4, 1e2), "alpha": (0.01, 5), "beta": (0.01, 5), "E0": (1e-3, 10),
+         "R_D": (0.01, BOUND), "R_N": (0.01, BOUND)}
 
 
 def number(x):
@@ -47,7 +51,11 @@ def n_opt(law, U):
     beta B / D^beta. With D = U: N_opt = (alpha A U^beta / (beta B))^(1/alpha). Single-epoch coefficients alone.
     """
     A, B, alpha, beta = (number(law[key]) for key in ("A", "B", "alpha", "beta"))
-    return ((alpha * A / (beta * B)).log() / alpha + beta / alpha * number(U).log()).exp()
+    return log_n_opt(A, B, alpha, beta, U).exp()
+
+
+def log_n_opt(A, B, alpha, beta, U):
+    return (alpha * A / (beta * B)).log() / alpha + beta / alpha * number(U).log()
 
 
 def log_loss(law, N, U, E):
@@ -55,7 +63,8 @@ def log_loss(law, N, U, E):
     N, E, law = number(N), number(E), {key: number(value) for key, value in law.items()}
     unique = number(U) * E.clamp(max=1)
     D = effective(unique, (E - 1).clamp(min=0), law["R_D"])
-    M = torch.minimum(N, n_opt(law, unique))
+    # Compared as logarithms, because a small alpha makes an N_opt that overflows.
+    M = torch.minimum(N.log(), log_n_opt(law["A"], law["B"], law["alpha"], law["beta"], unique)).exp()
     terms = (law["A"].log() - law["alpha"] * effective(M, N / M - 1, law["R_N"]).log(),
              law["B"].log() - law["beta"] * D.log(), law["E0"].log())
     return torch.stack(torch.broadcast_tensors(*terms)).logsumexp(0)
@@ -71,12 +80,50 @@ def table(logs, objective, treatment):
 
     treatment: "final" is the loss after the last step. "best" is the lowest evaluation of the run, as with early
     stopping: for AR, whose loss rises when it overfits, which the law can not. E stays the epochs that were planned.
+    "stopped" is that loss too, but with the E at which it was reached.
     """
-    if treatment not in ("final", "best"):
-        raise ValueError(f"treatment {treatment!r}: choose final or best")
-    return [{"N": config["parameters"], "U": config["unique_tokens"], "E": config["epochs"],
-             "loss": records[-1][f"{treatment}_loss"]}
-            for config, records in logs.values() if config["objective"] == objective]
+    if treatment not in ("final", "best", "stopped"):
+        raise ValueError(f"treatment {treatment!r}: choose final, best or stopped")
+    rows = []
+    for config, records in logs.values():
+        if config["objective"] == objective:
+            lowest = min(records, key=lambda r: r["val_loss"])
+            rows.append({"N": config["parameters"], "U": config["unique_tokens"],
+                         "E": lowest["epoch"] if treatment == "stopped" else config["epochs"],
+                         "loss": records[-1]["final_loss" if treatment == "final" else "best_loss"]})
+    return rows
+
+
+def worth_measured(rows):
+    """D'/U without the law: per run with E > 1 the U of new tokens that gives its network the same loss, over its U.
+
+    Interpolated in log U and log loss between neighbouring single-epoch runs of the same N; a run with a loss above or
+    below all of them is left out. Returns rows {N, U, E, loss, worth}.
+    """
+    found = []
+    for r in (r for r in rows if r["E"] > 1):
+        once = sorted((s["U"], s["loss"]) for s in rows if s["N"] == r["N"] and s["E"] == 1)
+        for (u, before), (v, after) in zip(once, once[1:], strict=False):
+            if before >= r["loss"] >= after and before > after:
+                share = math.log(before / r["loss"]) / math.log(before / after)
+                found.append(r | {"worth": u * (v / u) ** share / r["U"]})
+                break
+    return found
+
+
+def crossing(ar, diffusion):
+    """Where the curve [(x, loss)] of diffusion first goes under AR's: x by linear interpolation in log x, or None."""
+    def height(curve, x):
+        for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+            if x0 <= x <= x1:
+                return y0 + (y1 - y0) * math.log(x / x0) / math.log(x1 / x0)
+
+    low, high = (choose(ar[end][0], diffusion[end][0]) for end, choose in ((0, max), (-1, min)))
+    xs = sorted({x for x, _ in [*ar, *diffusion] if low <= x <= high})
+    gaps = [height(diffusion, x) - height(ar, x) for x in xs]
+    for x0, x1, g0, g1 in zip(xs, xs[1:], gaps, gaps[1:], strict=False):
+        if g0 > 0 >= g1:
+            return x0 * (x1 / x0) ** (g0 / (g0 - g1))
 
 
 class Fit(NamedTuple):
@@ -86,40 +133,54 @@ class Fit(NamedTuple):
     residuals: torch.Tensor  # (runs,) log measured loss - log fitted loss
 
 
-def minimise(start, free, columns, weight, centre):
-    """L-BFGS from S starts at once on the weighted Huber loss of the log loss: the S laws, and their Huber losses (S,).
+def minimise(start, free, columns, weight, centre, steps=200):
+    """Levenberg-Marquardt from S starts on the weighted Huber loss of the log loss: the S laws, and their losses (S,).
 
     start: {name: (S,)}; free: the names to fit; weight: (S, runs). All constants are fitted as logarithms, A and B as
     the log of their term at the mean log N and log U in `centre`, without which they and the exponents are one valley.
+    Each problem has its own damping, and a step that does not help it is not taken: one that diverges harms no other.
+    The Huber loss enters as squares with weights min(1, DELTA / |residual|), which fall where it falls.
     """
     N, U, E, y = columns
     shift = {"A": ("alpha", centre[0]), "B": ("beta", centre[1])}
     theta = {key: start[key].log() - (start[shift[key][0]] * shift[key][1] if key in shift else 0) for key in free}
-    theta = torch.stack([theta[key] for key in free]).requires_grad_()  # (free, S)
+    low, high = number([RANGE[key] for key in free]).log().T
+    theta = torch.stack([theta[key] for key in free], 1).clamp(low, high)  # (S, free)
 
-    def law():
-        now = start | {key: value.exp().clamp(max=BOUND if key in SECOND else math.inf)
-                       for key, value in zip(free, theta, strict=True)}
-        return now | {key: (theta[free.index(key)] + now[e] * mean).exp() for key, (e, mean) in shift.items()
-                      if key in free}
+    def law(theta):  # (S, ..., free)
+        now = {key: value.view(-1, *[1] * (theta.dim() - 2)) for key, value in start.items()}
+        now |= dict(zip(free, theta.exp().unbind(-1), strict=True))
+        return now | {key: (theta[..., free.index(key)] + now[exponent] * mean).exp()
+                      for key, (exponent, mean) in shift.items() if key in free}
 
-    def huber():
-        now = {key: value[:, None] for key, value in law().items()}
-        prediction = log_loss(now, N, U, E)  # (S, runs)
-        return (weight * torch.nn.functional.huber_loss(prediction, y.expand_as(prediction), reduction="none",
-                                                        delta=DELTA)).sum(1) / DELTA
+    def residual(theta):  # (S, runs), and its differences in each direction (S, runs, free)
+        beside = theta[:, None] + torch.cat((0 * nudges[:1], nudges))  # (S, 1 + free, free)
+        r = log_loss({key: value[..., None] for key, value in law(beside).items()}, N, U, E) - y  # (S, 1 + free, runs)
+        return r[:, 0], ((r[:, 1:] - r[:, :1]) / 1e-6).transpose(1, 2)
 
-    def closure():
-        optimizer.zero_grad()
-        loss = huber().sum()
-        loss.backward()
-        return loss
+    def huber(r):
+        return (weight * torch.nn.functional.huber_loss(r, 0 * r, reduction="none", delta=DELTA)).sum(1) / DELTA
 
-    optimizer = torch.optim.LBFGS([theta], max_iter=200, history_size=50, line_search_fn="strong_wolfe",
-                                  tolerance_grad=1e-9, tolerance_change=1e-12)
-    optimizer.step(closure)
-    with torch.no_grad():
-        return law(), huber()
+    nudges = 1e-6 * torch.eye(len(free), dtype=torch.float64)
+    r, J = residual(theta)
+    loss, damping, idle = huber(r), torch.full((len(theta), 1), 0.1, dtype=torch.float64), 0
+    for _ in range(steps):
+        JW = (J * (weight * (DELTA / r.abs()).clamp(max=1))[..., None]).transpose(1, 2)
+        H = JW @ J
+        H = H + torch.diag_embed(damping * H.diagonal(dim1=1, dim2=2) + 1e-12)
+        step = torch.linalg.solve_ex(H, JW @ r[..., None])[0][..., 0].clamp(-1, 1)
+        trial = (theta - step).clamp(low, high)
+        r_trial, J_trial = residual(trial)
+        better = huber(r_trial) < loss
+        gain = torch.where(better, loss - huber(r_trial), 0)
+        loss = loss - gain
+        theta = torch.where(better[:, None], trial, theta)
+        damping = torch.where(better[:, None], damping / 3, damping * 4)
+        r, J = torch.where(better[:, None], r_trial, r), torch.where(better[:, None, None], J_trial, J)
+        idle = idle + 1 if (gain <= 1e-7 * loss).all() else 0
+        if idle == 10:
+            break
+    return law(theta), loss
 
 
 def best_of(starts, free, columns, weight, centre):
@@ -180,6 +241,24 @@ def fit(rows, bootstraps=0, seed=0):
     near = [{key: start[key] for key in SECOND}]
     samples = two_steps(columns, weight, [start], near, rounds=2) if bootstraps else {}
     return Fit({key: value.item() for key, value in start.items()}, samples, r2.item(), residuals)
+
+
+def without_each(rows, law, key="U"):
+    """The law refitted without the runs of each U (or N, or E) in turn: {U: law}. Those that leave no fit are left out.
+
+    A bootstrap resamples runs as if they were independent. This shows what hangs on one group of them.
+    """
+    columns = N, U, E, y = [number([row[name] for row in rows]) for name in ("N", "U", "E", "loss")]
+    columns[3] = y.log()
+    group = number([row[key] for row in rows])
+    keep = {value: group != value for value in group.unique().tolist()}
+    keep = {value: k for value, k in keep.items() if min(len(c[k & (E == 1)].unique()) for c in (N, U)) >= 3}
+    start = {name: number(value) for name, value in law.items()}
+    if not keep:
+        return {}
+    weight, near = torch.stack([*keep.values()]).double(), {name: start[name] for name in SECOND}
+    laws = two_steps(columns, weight, [start], [near], rounds=2)
+    return {value: {name: x[i].item() for name, x in laws.items()} for i, value in enumerate(keep)}
 
 
 def interval(values, level=0.9):

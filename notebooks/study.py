@@ -169,20 +169,13 @@ def curve(records, key="val_loss"):
     return np.array([(record["epoch"], record[key]) for record in records]).T
 
 
-def crossing(ar, diffusion):
-    """The first epoch at which a diffusion curve is under an AR curve, between evaluations by their logs, or None."""
-    (e, a), (f, d) = curve(ar), curve(diffusion)
-    gap = np.interp(np.log(e), np.log(f), d) - a
-    for i in range(1, len(e)):
-        if gap[i - 1] > 0 >= gap[i]:
-            return float(np.exp(np.interp(0, [-gap[i - 1], -gap[i]], np.log(e[i - 1: i + 1]))))
-
-
 def plot():
     """README's figure, crossover.png: AR as it comes, AR tuned, and diffusion, with what crosses and what does not."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    import laws
     laptop, final = read("laptop"), read("final")
     plain, diffusion = ([log for log in laptop.values() if log[0]["objective"] == o] for o in ("ar", "diffusion"))
     tuned = [log for name, log in final.items() if name.startswith("ar")]
@@ -200,7 +193,7 @@ def plot():
             ax.plot(*curve(rows), style, color=shade, lw=1.2, label=None if i else f"{label}, {len(logs)} seeds")
     ax.plot(again["step"] * config["batch_size"] * config["block_size"] / tokens, again["loss"], "ks", ms=5,
             label="diffusion, tuned, 400 epochs (bound), seed 1")
-    at = [crossing(ar, d) for (_, ar), (_, d) in zip(plain, diffusion, strict=True)]
+    at = [laws.crossing(curve(ar).T, curve(d).T) for (_, ar), (_, d) in zip(plain, diffusion, strict=True)]
     height = np.mean([np.interp(np.log(e), np.log(curve(d)[0]), curve(d)[1])
                       for e, (_, d) in zip(at, diffusion, strict=True)])
     ax.plot(np.mean(at), height, "o", color="black", mfc="white", ms=9,

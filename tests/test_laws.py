@@ -52,6 +52,55 @@ def test_the_fit_finds_the_constants(truth):
     assert noisy.law["E0"] == pytest.approx(truth["E0"], rel=0.15)
 
 
+def test_a_start_that_diverges_harms_no_other():
+    """An alpha near 0 makes an N_opt that overflows. Once that made every law NaN, and a fit of NaN was returned."""
+    rows = synthetic(AR, 0.0)
+    columns = [laws.number([row[key] for row in rows]) for key in ("N", "U", "E", "loss")]
+    N, U, E, y = columns
+    columns[3] = y.log()
+    weight, centre = (E == 1).double()[None], (N.log().mean(), U[E == 1].log().mean())
+    law = laws.best_of([AR | {"B": 900.0}, AR | {"alpha": 1e-5}], laws.FIRST, columns, weight, centre)
+    assert law["beta"].item() == pytest.approx(AR["beta"], rel=0.01)
+
+
+def test_problems_side_by_side_are_solved_as_well_as_alone():
+    rows = synthetic(AR, 0.02)
+    columns = [laws.number([row[key] for row in rows]) for key in ("N", "U", "E", "loss")]
+    N, U, E, y = columns
+    columns[3] = y.log()
+    weight = torch.randint(0, 3, (40, len(y)), generator=torch.Generator().manual_seed(1)).double()
+    centre = N.log().mean(), U[E == 1].log().mean()
+    start = {key: torch.full((40,), value, dtype=torch.float64) for key, value in AR.items()}
+    _, together = laws.minimise(start, laws.FIRST, columns, weight * (E == 1), centre)
+    for i in range(0, 40, 8):
+        one = {key: value[i:i + 1] for key, value in start.items()}
+        _, alone = laws.minimise(one, laws.FIRST, columns, weight[i:i + 1] * (E == 1), centre)
+        assert together[i].item() == pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_without_each_leaves_one_group_out():
+    rows = synthetic(AR, 0.0)
+    for r in rows:  # one group of runs that does not belong
+        r["loss"] *= 1.3 if r["U"] == 2**13 else 1
+    refitted = laws.without_each(rows, laws.fit(rows).law)
+    assert refitted[2**13]["R_D"] == pytest.approx(AR["R_D"], rel=0.05)
+    assert refitted[2**15]["R_D"] != pytest.approx(AR["R_D"], rel=0.05)
+    assert laws.without_each([r for r in rows if r["E"] > 1], AR) == {}
+
+
+def test_worth_measured_agrees_with_the_law_that_made_the_losses():
+    found = laws.worth_measured(synthetic(TRUE | {"R_D": 31.0, "R_N": 1e9}, 0.0))
+    assert {r["E"] for r in found} >= {4, 16}
+    for r in found:  # straight lines between single-epoch runs at most 2x apart
+        assert r["worth"] == pytest.approx(laws.epochs_worth(r["E"], 31.0).item(), rel=0.03)
+
+
+def test_crossing():
+    assert laws.crossing([(1, 1.0), (100, 3.0)], [(1, 3.0), (100, 1.0)]) == pytest.approx(10)
+    assert laws.crossing([(1, 1.0), (10, 2.0), (100, 3.0)], [(1, 3.0), (100, 1.0)]) == pytest.approx(10)
+    assert laws.crossing([(1, 1.0), (100, 1.0)], [(1, 3.0), (100, 1.1)]) is None
+
+
 def test_bootstrap_intervals_cover_the_truth():
     covered = 0
     for seed in range(3):
@@ -104,12 +153,14 @@ def test_runs_that_can_not_be_fitted():
         laws.fit([row for row in rows if row["E"] == 1])
     with pytest.raises(ValueError, match="not finite"):
         laws.fit(rows + [rows[0] | {"loss": math.nan}])
-    with pytest.raises(ValueError, match="choose final or best"):
+    with pytest.raises(ValueError, match="choose final, best or stopped"):
         laws.table({}, "ar", "last")
 
 
 def test_table_takes_the_last_or_the_best_loss():
     logs = {"x": ({"objective": "ar", "parameters": 10, "unique_tokens": 20, "epochs": 3.0},
-                  [{"val_loss": 2.0}, {"final_loss": 3.0, "best_loss": 2.0}])}
+                  [{"epoch": 1.5, "val_loss": 2.0}, {"epoch": 3.0, "val_loss": 3.0, "final_loss": 3.0,
+                                                     "best_loss": 2.0}])}
     assert laws.table(logs, "ar", "best") == [{"N": 10, "U": 20, "E": 3.0, "loss": 2.0}]
+    assert laws.table(logs, "ar", "stopped") == [{"N": 10, "U": 20, "E": 1.5, "loss": 2.0}]
     assert laws.table(logs, "ar", "final")[0]["loss"] == 3.0 and laws.table(logs, "diffusion", "best") == []
