@@ -97,6 +97,7 @@ STUDIES = {
                f"{flags}" for U, seed in ((8192, 1), (65536, 1), (8192, 2)) for name, flags in {
         "ar": "--objective=ar", "ar-tuned": "--objective=ar --dropout=0.2 --weight_decay=1.6",
         "diffusion": "--objective=diffusion",
+        **({"diffusion-long": "--objective=diffusion --dropout=0.1 --epochs=2048"} if (U, seed) == (8192, 1) else {}),
     }.items()},
     # notebook 03: losses over unique tokens, epochs and parameters, each run with its whole schedule; the short ones
     # first, so that a grid broken off still spans all sizes. Fewer than 64 steps (AR) or 256 (diffusion, which sits at
