@@ -28,7 +28,6 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import rustbpe
 import tiktoken
 from tqdm import tqdm, trange
 
@@ -91,6 +90,8 @@ class Tokenizer:
         elif kind == "bpe":
             if not 257 <= vocab_size <= 1_000_000:
                 raise DataError(f"vocab_size is {vocab_size}: bpe needs from 257 (256 bytes and {EOT}) to 1000000")
+            import rustbpe  # not needed where the data is there already
+
             trainer = rustbpe.Tokenizer()
             trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=SPLIT_PATTERN)
             ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])

@@ -2,8 +2,10 @@
 
     python notebooks/study.py laptop --jobs=2      run what is not done yet, two at a time, resuming what was broken off
     python notebooks/study.py laptop --print       only print the plain commands, for a cluster's scheduler to take
+    python notebooks/study.py gpu --cost=790       FLOPs and minutes on a GPU of that peak in TFLOP/s, before it is run
     python notebooks/study.py final --plot         draw notebooks/results/crossover.png from the logs that are there
 
+Ctrl-C ends the driver and its runs, which save; the same command goes on with them. So does `timeout 600 python ...`.
 A finished run's log.jsonl is copied to notebooks/results/STUDY-NAME.jsonl as train.py wrote it; nothing is converted.
 """
 
@@ -12,6 +14,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -115,20 +118,110 @@ STUDIES = {
              for C, heads in ((32, 1), (64, 2), (96, 3), (128, 2))},
 }
 
+# One GPU; `python prepare.py --vocab_size=4096` first. Networks by width: 1.3, 3.0, 5.6, 23, 46, 102M parameters.
+SIZES = {C: f"--n_layer={L} --n_head={C // 64} --n_embd={C}"
+         for C, L in {128: 4, 192: 5, 256: 6, 384: 12, 512: 14, 768: 14}.items()}
+# What each arm of "gpu" is. Read gpu-search's logs and write its winners here; until then they are the laptop's.
+WINNERS = {"plain": "--objective=ar", "tuned": "--objective=ar --dropout=0.2 --weight_decay=1.6",
+           "diffusion": "--objective=diffusion --dropout=0.1"}
+
+STUDIES |= {
+    # one setting at a time on 2^18 tokens and the tuning split; e: epochs (24 and 100 if not named), d: dropout
+    "gpu-search": {f"{objective}-{name}": f"--preset=gpu --objective={objective} --split=tune --unique_tokens={2**18} "
+                   f"--batch_size=32 {SIZES[256]} --epochs={24 if objective == 'ar' else 100} {flags}"
+                   for who, settings in {
+        "ar diffusion": {
+            "base": "", "lr.001": "--lr=0.001", "lr.004": "--lr=0.004", "d.1": "--dropout=0.1",
+            "wd.4": "--weight_decay=0.4", "rope100": "--rope_base=100", "rope10000": "--rope_base=10000",
+            "adamw.0005": "--optimizer=adamw --lr=0.0005", "adamw.002": "--optimizer=adamw --lr=0.002",
+            "b16": "--batch_size=16", "wd1.6": "--weight_decay=1.6"},
+        "ar": {
+            "wd3.2": "--weight_decay=3.2", "d.2": "--dropout=0.2", "d.3": "--dropout=0.3",
+            **{f"e{E}-d{d}-wd{wd}": f"--epochs={E} --dropout=0{d} --weight_decay={wd}"
+               for E, d, wd in ((48, ".2", 0.1), (48, ".2", 1.6), (48, ".2", 3.2), (48, ".3", 0.1), (48, ".3", 1.6),
+                                (96, ".3", 1.6), (96, ".3", 3.2))},
+            **{f"e48-d.2-wd1.6-c{C}": f"--epochs=48 --dropout=0.2 --weight_decay=1.6 {SIZES[C]}" for C in (128, 384)}},
+        "diffusion": {f"e400-d{d}-wd{wd}": f"--epochs=400 --dropout=0{d} --weight_decay={wd}"
+                      for d, wd in ((".0", 0.1), (".1", 0.1), (".1", 1.6), (".0", 0.4))},
+    }.items() for name, flags in settings.items() for objective in who.split()},
+    # the crossover: AR as it comes, AR tuned, diffusion for up to 1,000 epochs or 30 times the paper's critical
+    # compute. A row: thousands of unique tokens (0: all), blocks a step, seeds, then who, width and epochs of each run.
+    "gpu": {f"u{U or 'all'}-{who}-c{C}-e{E}-s{seed}": f"--preset=gpu --unique_tokens={U * 1024} --batch_size={B} "
+            f"{SIZES[C]} {WINNERS[who]} --epochs={E} --seed={seed}" for U, B, seeds, runs in (
+        (256, 32, (1,), (("plain", 256, 48), ("tuned", 256, 48), ("diffusion", 256, 1000), ("tuned", 128, 48),
+                         ("tuned", 384, 48), ("diffusion", 128, 1000))),
+        (1024, 64, (1, 2, 3), (("diffusion", 384, 500), ("plain", 256, 48), ("tuned", 256, 48), ("tuned", 384, 48))),
+        (0, 64, (1,), (("tuned", 384, 48), ("plain", 384, 48), ("tuned", 512, 48), ("diffusion", 384, 500))),
+        (1024, 64, (1,), (("diffusion", 256, 1000),)),
+        (0, 64, (1,), (("diffusion", 512, 500), ("tuned", 768, 48), ("diffusion", 768, 300))),
+    ) for seed in seeds for who, C, E in runs},
+    # notebook 03 at this size, the short ones first as in "grid"; at least 256 steps each. 100 runs
+    "gpu-grid": {f"{objective}-c{C}-u{U}k-e{E}": f"--preset=gpu --objective={objective} --unique_tokens={U * 1024} "
+                 f"--epochs={E} --batch_size=16 {SIZES[C]} --eval_every={E / 4:g}"
+                 for _, objective, U, E in sorted((U * E, objective, U, E) for objective, cells in {
+                     "ar": {64: (16, 64), 256: (4, 16, 64), 1024: (1, 4, 16), 2048: (1, 4)},
+                     "diffusion": {64: (64, 256), 256: (16, 64, 256), 1024: (1, 4, 16), 2048: (1, 4)},
+                 }.items() for U, epochs in cells.items() for E in epochs) for C in (128, 192, 256, 384, 512)},
+}
+stopped = []  # signals that asked the driver to end
+
+
+def words(study, name):
+    """The script of a run with its arguments, if it is not train.py alone, and the flags: two lists of words."""
+    both = shlex.split(STUDIES[study][name])
+    first = next(i for i, word in enumerate(both) if word.startswith("--"))
+    return both[:first], both[first:]
+
 
 def command(study, name):
     """The train.py command of a run as a list, to be run in the project's root."""
     out = Path("out") / f"{study}-{name}"
-    words = shlex.split(STUDIES[study][name])
-    script = words[:next(i for i, word in enumerate(words) if word.startswith("--"))]
-    resume = [f"--resume={out}"] if (ROOT / out / "last.pt").exists() else [*words[len(script):], f"--out={out}"]
+    script, flags = words(study, name)
+    resume = [f"--resume={out}"] if (ROOT / out / "last.pt").exists() else [*flags, f"--out={out}"]
     return ["python", *(script or ["train.py"]), *resume]
+
+
+def plan(study, name):
+    """What a run's log will begin with, its config, found without training. It needs the data, in the working folder.
+
+    Raises UserError or DataError where train.py would refuse the flags.
+    """
+    import torch
+
+    import train
+    given = train.parse(words(study, name)[1])
+    config = train.make_config(**{flag: value for flag, value in given.items() if flag not in ("resume", "eval_only")})
+    data, tokens, blocks = train.open_data(config)
+    with torch.device("meta"):
+        model = train.make_model(config | {"vocab_size": data.tokenizer.vocab_size})
+    config = train.describe(config, data, tokens, blocks, model)
+    passes = np.array([1, 1] if config["objective"] == "ar" else [config["eval_passes"], config["final_passes"]])
+    scored = config["eval_tokens"] * passes @ (len(train.evaluation_steps(config)), 2)
+    return config | {"all_flops": config["flops"] + 2 * config["parameters"] * int(scored)}
+
+
+def cost(study, peak):
+    """Print what each run takes on a GPU of `peak` TFLOP/s in bf16: a guess, until tests/bench.py has run on one.
+
+    It takes a step to reach 45 % of the peak with a large network, and half of that with one of 25,000 parameters for
+    each TFLOP/s; a run alone to need a millisecond of Python a layer and step, and 40 s to start and compile.
+    """
+    total = np.zeros(3)
+    for name in STUDIES[study]:
+        c = plan(study, name)
+        busy = c["all_flops"] / (0.45e12 * peak * c["parameters"] / (c["parameters"] + 25e3 * peak)) / 60
+        alone = max(busy, c["steps"] * c["n_layer"] / 60e3) + 40 / 60
+        total += c["all_flops"], busy, alone
+        print(f"{name:<28}{c['parameters'] / 1e6:7.1f}M{c['steps']:8,} steps {c['all_flops']:.1e} FLOPs"
+              f"{c['flops'] / c['critical_flops']:8.2g} x critical{busy:7.1f} min busy{alone:7.1f} alone")
+    print(f"{len(STUDIES[study])} runs, {total[0]:.2e} FLOPs: {total[1]:.0f} minutes if the GPU is always busy, "
+          f"{total[2]:.0f} one run after another")
 
 
 def run(study, name, threads):
     """Run or resume one setting, its output to out/STUDY-NAME.txt; copy the log when it has ended well."""
     result = RESULTS / f"{study}-{name}.jsonl"
-    if result.exists():
+    if result.exists() or stopped:
         return
     (ROOT / "out").mkdir(exist_ok=True)
     RESULTS.mkdir(exist_ok=True)
@@ -136,8 +229,9 @@ def run(study, name, threads):
         done = subprocess.run([sys.executable, *command(study, name)[1:]], cwd=ROOT, stdout=output, stderr=output,
                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if done.returncode == 0:
-        shutil.copy(ROOT / "out" / f"{study}-{name}" / "log.jsonl", result)
-    print(f"{study}-{name}: {'done' if done.returncode == 0 else f'failed, see out/{study}-{name}.txt'}", flush=True)
+        os.replace(shutil.copy(ROOT / "out" / f"{study}-{name}" / "log.jsonl", result.with_suffix(".tmp")), result)
+    state = "done" if done.returncode == 0 else "stopped" if stopped else f"failed, see out/{study}-{name}.txt"
+    print(f"{study}-{name}: {state}", flush=True)
 
 
 def ask(study, what):
@@ -215,6 +309,7 @@ def main():
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores [1]")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--cost", type=float, metavar="TFLOP/s", help="guess the time on such a GPU, run nothing")
     parser.add_argument("--probe", action="store_true", help="multiple choice and memorisation for the finished runs")
     parser.add_argument("--exact", action="store_true", help="score them again: diffusion also exactly, left to right")
     parser.add_argument("--plot", action="store_true", help="draw README's figure from laptop and final")
@@ -228,6 +323,12 @@ def main():
     if args.print:
         print("\n".join(shlex.join(command(args.study, name)) for name in STUDIES[args.study]))
         return
+    if args.cost:
+        sys.path.append(str(ROOT))
+        cost(args.study, args.cost)
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):  # the runs, of the same process group, get it too: begin no other
+        signal.signal(number, lambda number, _: stopped.append(number))
     with ThreadPoolExecutor(args.jobs) as pool:
         for name in STUDIES[args.study]:
             pool.submit(run, args.study, name, max(1, os.cpu_count() // args.jobs))

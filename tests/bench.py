@@ -261,6 +261,7 @@ def measure(rows, repeats, device, least):
 
 def bench_shape(shape, device, best, fuse, repeats, fork):
     """All lines of one shape: a list of dicts, as they are in the JSON file."""
+    torch._dynamo.reset()  # or it would compile a second shape for any shape, and give up after eight networks
     dtypes = [torch.float32] + [best] * (best != torch.float32)
     variants = [(who, dtype, "adamw", fuse) for dtype in dtypes for who in ("reference", "ar", "diffusion")]
     variants += [(who, best, "muon", fuse) for who in ("ar", "diffusion")]
