@@ -83,6 +83,7 @@ from model import UserError, chain_rule_nll, choose_device, draw_mask, evaluate,
 from model import make_optimizers, model_from_checkpoint, precision, save_checkpoint, write_atomic
 
 FREE_ON_RESUME = {"out", "device", "compile"}  # what may differ between a run and its resumption
+SAVE_SECONDS = 600  # the longest a single process goes without saving
 
 
 def make_config(preset=None, **given):
@@ -468,6 +469,9 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
                     if state["step"] in due:
                         report()
                     save("last.pt")
+                since = time.perf_counter(), state["step"]
+            elif world == 1 and time.perf_counter() - since[0] > SAVE_SECONDS:
+                save("last.pt")
                 since = time.perf_counter(), state["step"]
             if signum and state["step"] < steps:
                 raise Interrupted(signum, out)

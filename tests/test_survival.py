@@ -235,6 +235,19 @@ def test_a_run_killed_eleven_times_is_the_run_that_was_never_killed(whole, tmp_p
     assert_same_run(tmp_path, reference)
 
 
+def test_a_long_way_between_evaluations_is_saved_on_the_way(whole, tmp_path):
+    args, reference = whole("diffusion", "muon")
+
+    def prepare():
+        train.SAVE_SECONDS = 0
+        accident("step", 91, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    assert forked(tmp_path, args, prepare)[0] == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / RUN / "last.pt")["state"]["step"] == 90  # no evaluation is due there
+    assert forked(tmp_path, onward(tmp_path, args))[0] == 0
+    assert_same_run(tmp_path, reference)
+
+
 def test_a_command_killed_from_outside_goes_on(whole, tmp_path):
     args, reference = whole("diffusion", "muon")
     path = tmp_path / RUN / "log.jsonl"
