@@ -133,6 +133,11 @@ def batch_starts(seed, step, U, T, B):
     return np.array([epoch_order(seed, i // n, U, T)[i % n] for i in range(step * B, (step + 1) * B)])
 
 
+def send(x, device):
+    """A tensor from the CPU to the device. A GPU takes it when it gets there, and nobody waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def get_batch(config, tokens, step, rows=slice(None)):
     """What a step learns from, as arguments of GPT.forward, on the device of tokens (U,): blocks (B, T) and more.
 
@@ -140,15 +145,16 @@ def get_batch(config, tokens, step, rows=slice(None)):
     of the batch that is wanted, from an even row to an even row.
     """
     seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
-    start = torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]).to(tokens.device)  # (B,)
+    start = send(torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]), tokens.device)  # (B,)
     x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
     if config["objective"] == "diffusion":
         mask = draw_mask(B, T, torch.Generator().manual_seed(derive(seed, "mask", step)))[rows]  # [DIFFUSION]
-        return {"x": x, "mask": mask.to(x.device), "index": mask.flatten().nonzero().squeeze(1).to(x.device)}
+        index = mask.flatten().nonzero().squeeze(1)  # counted on the CPU, where that costs no waiting
+        return {"x": x, "mask": send(mask, x.device), "index": send(index, x.device)}
     if not config["hide"] + config["replace"]:
         return {"x": x}  # [AR]
     V, rng = config["vocab_size"], np.random.default_rng(derive(seed, "noise", step))
-    u, other = (torch.from_numpy(a[rows]).to(x.device) for a in (rng.random((B, T)), rng.integers(V, size=(B, T))))
+    u, other = (send(torch.from_numpy(a[rows]), x.device) for a in (rng.random((B, T)), rng.integers(V, size=(B, T))))
     seen = torch.where(u < config["hide"], V, torch.where(u > 1 - config["replace"], other, x))
     return {"x": x, "seen": seen}  # [AR]
 
