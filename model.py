@@ -31,7 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 OBJECTIVES = ("ar", "diffusion")
 FORMAT = "ambigpt-checkpoint-1"
-MAX_LOGITS = 2**27  # logits to hold at a time, half a gigabyte: see GPT.nll
+MAX_LOGITS = 2**27  # logits to keep for the backward pass, half a gigabyte: see GPT.nll
+CPU_LOGITS = 2**21  # logits that a CPU computes at a time: what leaves its caches takes a third longer at V = 4096
 
 
 class UserError(ValueError):
@@ -162,17 +163,20 @@ class GPT(nn.Module):
     def nll(self, h, target):
         """-log p in nats, (M,), of target (M,) from hidden states h (M, C).
 
-        More than MAX_LOGITS logits are done in parts and computed again in the backward pass instead of kept: with a
-        vocabulary of 50257 they, and not the network, would fill the memory.
+        They are done in parts. Where there are more than MAX_LOGITS logits, these are computed again in the backward
+        pass instead of kept: with a vocabulary of 50257 they, and not the network, would fill the memory.
         """
         def score(h, target):
             return F.cross_entropy(self.head(h), target, reduction="none")
 
-        rows = max(1, MAX_LOGITS // self.config.vocab_size)
+        V = self.config.vocab_size
+        rows = max(1, (min(CPU_LOGITS, MAX_LOGITS) if h.device.type == "cpu" else MAX_LOGITS) // V)
         if len(h) <= rows:
             return score(h, target)
-        return torch.cat([checkpoint(score, *part, use_reentrant=False)
-                          for part in zip(h.split(rows), target.split(rows), strict=True)])
+        parts = zip(h.split(rows), target.split(rows), strict=True)
+        if len(h) * V <= MAX_LOGITS:
+            return torch.cat([score(*part) for part in parts])
+        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
 
     def forward(self, x, mask=None, index=None, seen=None, position=None):
         """The objective: -log p of each block, (B,) in nats per token. Its mean is the training loss.

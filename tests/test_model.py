@@ -184,17 +184,19 @@ def test_logits_in_parts_give_the_same_loss_and_gradient(monkeypatch, objective)
     V, T = model.config.vocab_size, model.config.block_size
     x, mask = torch.randint(V, (8, T)), draw_mask(8, T, torch.Generator().manual_seed(0))
     results = []
-    for most in (model_module.MAX_LOGITS, 3 * V):
+    for most, at_once in ((2**27, 2**21), (2**27, 3 * V), (3 * V, 3 * V)):
         monkeypatch.setattr(model_module, "MAX_LOGITS", most)
+        monkeypatch.setattr(model_module, "CPU_LOGITS", at_once)
         model.zero_grad()
         kept = []  # sizes of what the backward pass will need
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             loss = model(x, mask if objective == "diffusion" else None)
         loss.mean().backward()
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
-        assert (max(kept) >= V * 8 * T // 2) == (most > 3 * V)  # logits are kept, or they are not
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+        assert (max(kept) >= V * 8 * T // 2) == (at_once > 3 * V)  # all logits at once, or not
+        assert (sum(n for n in kept if n == 3 * V) >= V * 7 * T // 2) == (most > 3 * V == at_once)  # kept, or not
+    for a, *others in zip(*results, strict=True):
+        assert all(torch.allclose(a, b, atol=1e-6) for b in others)
 
 
 def test_an_ar_model_may_read_other_tokens_than_it_predicts_and_in_another_order():
