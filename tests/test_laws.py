@@ -78,6 +78,30 @@ def test_problems_side_by_side_are_solved_as_well_as_alone():
         assert together[i].item() == pytest.approx(alone.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_lbfgs_on_its_own_finds_nothing_lower(seed):
+    """Muennighoff et al. used L-BFGS. Ours solves hundreds at once; torch's, on one of them, does no better."""
+    rows = [row for row in synthetic(AR, 0.02, seed) if row["E"] == 1]
+    columns = N, U, E, y = [laws.number([row[key] for row in rows]) for key in ("N", "U", "E", "loss")]
+    columns[3] = y = y.log()
+    begin = AR | {"A": 30.0, "B": 2000.0, "E0": 1.0}
+    start = {key: laws.number(value)[None] for key, value in begin.items()}
+    _, ours = laws.minimise(start, laws.FIRST, columns, torch.ones(1, len(y)), (N.log().mean(), U.log().mean()))
+    theta = torch.tensor([math.log(begin[key]) for key in laws.FIRST], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=2000, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+
+    def huber():
+        optimizer.zero_grad()
+        r = laws.log_loss(begin | dict(zip(laws.FIRST, theta.exp(), strict=True)), N, U, E) - y
+        loss = torch.nn.functional.huber_loss(r, 0 * r, reduction="sum", delta=laws.DELTA) / laws.DELTA
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(huber)
+    assert ours.item() < huber().item() * 1.001
+
+
 def test_without_each_leaves_one_group_out():
     rows = synthetic(AR, 0.0)
     for r in rows:  # one group of runs that does not belong
