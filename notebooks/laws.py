@@ -120,7 +120,7 @@ def crossing(ar, diffusion):
 
     low, high = (choose(ar[end][0], diffusion[end][0]) for end, choose in ((0, max), (-1, min)))
     xs = sorted({x for x, _ in [*ar, *diffusion] if low <= x <= high})
-    gaps = [height(diffusion, x) - height(ar, x) for x in xs]
+    gaps = [height(diffusion, x) - height(ar, x) for x in xs] if len(xs) > 1 else []
     for x0, x1, g0, g1 in zip(xs, xs[1:], gaps, gaps[1:], strict=False):
         if g0 > 0 >= g1:
             return x0 * (x1 / x0) ** (g0 / (g0 - g1))

@@ -123,6 +123,7 @@ def test_crossing():
     assert laws.crossing([(1, 1.0), (100, 3.0)], [(1, 3.0), (100, 1.0)]) == pytest.approx(10)
     assert laws.crossing([(1, 1.0), (10, 2.0), (100, 3.0)], [(1, 3.0), (100, 1.0)]) == pytest.approx(10)
     assert laws.crossing([(1, 1.0), (100, 1.0)], [(1, 3.0), (100, 1.1)]) is None
+    assert laws.crossing([(1, 1.0)], [(1, 0.5)]) is None  # a point is no curve
 
 
 def test_bootstrap_intervals_cover_the_truth():
