@@ -318,7 +318,7 @@ def line(row):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", default="", help=f"some of {', '.join(SHAPES)} [those of the device]")
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats of each training line [7]")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats of each training line [5]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="train ours through torch.compile, as train.py --compile does [on a GPU only]: on two CPU "
