@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 OBJECTIVES = ("ar", "diffusion")
 FORMAT = "ambigpt-checkpoint-1"
 MAX_LOGITS = 2**27  # logits to keep for the backward pass, half a gigabyte: see GPT.nll
-CPU_LOGITS = 2**21  # logits that a CPU computes at a time: beyond its caches a bf16 step at V = 4096 takes a fifth longer
+CPU_LOGITS = 2**21  # logits a CPU computes at a time: beyond its caches a bf16 step at V = 4096 takes a fifth longer
 
 
 class UserError(ValueError):
