@@ -160,7 +160,11 @@ def main():
     given = sys.argv[1 + len(words):]
     match words:
         case ["source", folder] if not given:
-            write_source(Path(folder))
+            try:
+                write_source(Path(folder))
+            except prepare.DataError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
             return 0
         case ["attention"]:
             objective, batch, train.make_model = "ar", attention, with_dropout_in_attention_only
