@@ -72,6 +72,15 @@ STUDIES = {
         "char-diffusion-e200": "--data=data/sotu-char --objective=diffusion --epochs=200",
         "char-diffusion-e200-d.1": "--data=data/sotu-char --objective=diffusion --epochs=200 --dropout=0.1",
         "u16k-diffusion-e1600-d.1": "--unique_tokens=16384 --objective=diffusion --epochs=1600 --dropout=0.1",
+        "u128k-ar-e12": "--unique_tokens=131072 --objective=ar --epochs=12",
+        "u128k-ar-e24-d.1": "--unique_tokens=131072 --objective=ar --epochs=24 --dropout=0.1",
+        "u128k-ar-e48-d.2-wd1.6": "--unique_tokens=131072 --objective=ar --epochs=48 --dropout=0.2 --weight_decay=1.6",
+        "u128k-diffusion-e300-d.1": "--unique_tokens=131072 --objective=diffusion --epochs=300 --dropout=0.1 --compile",
+        **{f"char{U}k-{name}": f"--data=data/sotu-char --unique_tokens={U * 1024} {flags}" for U in (16, 4)
+           for name, flags in {
+            "ar-e24": "--objective=ar --epochs=24", "ar-e48-d.2": "--objective=ar --epochs=48 --dropout=0.2",
+            "ar-e96-d.3": "--objective=ar --epochs=96 --dropout=0.3",
+            f"diffusion-e{12800 // U}-d.1": f"--objective=diffusion --epochs={12800 // U} --dropout=0.1"}.items()},
     }.items()},
     # notebook 04: AR on N fixed orders; diffusion under M fixed masks a block (0: fresh ones)
     "why": {f"orders{n}": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "

@@ -18,8 +18,9 @@ ratios within a repeat. Its columns:
   x ref    tok/s over those of the reference in the same dtype
   dif/AR   time of a diffusion step over that of an AR step, otherwise alike
 
-The line `floor` does the matrix products and the attention of the AR step above it and nothing else. No implementation
-can be faster on this machine with these kernels, so its `x ref` is the most that could be gained.
+The line `floor` does the matrix products, the attention, the clipping and AdamW's update of the AR step above it and
+nothing else. No implementation can be faster on this machine with these kernels, so its `x ref` is the most that could
+be gained.
 
 The reference is written here as one would first write it: a GPT-2 with LayerNorm, GELU and learned positions, logits
 for every position, windows copied from a memory map at random places, AdamW with a Python loop over the parameters.
@@ -150,15 +151,19 @@ def our_step(c, device, dtype, optimizer, fuse):
 
 
 def floor_step(c, device, dtype):
-    """A function that does the matrix products and the attention of an AR step and nothing else: no code can do less.
+    """A function that does the matrix products, attention, clipping and AdamW of an AR step: no code can do less.
 
     Three products for each matrix: its output, and the gradients of its input and of itself.
     """
     B, T, H = c["batch_size"], c["block_size"], c["n_head"]
-    shapes = [m.weight.shape for m in make_model(c).modules() if isinstance(m, nn.Linear)]
+    model = make_model(c).to(device)
+    shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear)]
     products = [[torch.randn(size, device=device, dtype=dtype) for size in ((B * T, i), (o, i), (B * T, o))]
                 for o, i in (*shapes, (c["vocab_size"], c["n_embd"]))]
     qkv = [torch.randn(B, H, T, c["n_embd"] // H, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    optimizers = make_optimizers(model, "adamw", 1e-3, 0.1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
 
     def step():
         for x, weight, gradient in products:
@@ -167,6 +172,9 @@ def floor_step(c, device, dtype):
             for _ in range(c["n_layer"]):
                 y = F.scaled_dot_product_attention(*qkv, is_causal=True)
                 torch.autograd.grad(y, qkv, y)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
 
@@ -240,7 +248,8 @@ def evaluations(shape, device, dtype):
 def measure(rows, repeats, device, least):
     """Call row["call"] of all rows in turns and set row["times"], seconds a call: `repeats` numbers.
 
-    One of them is the mean over as many calls as take `least` seconds; 0: one call.
+    One of them is the mean over as many calls as take `least` seconds; 0: one call, with none before it that goes
+    uncounted.
     """
     def timed(row, calls):
         with precision(device, row["torch_dtype"]) if row["what"][0] in "es" else nullcontext():
@@ -252,8 +261,10 @@ def measure(rows, repeats, device, least):
             return (time.perf_counter() - begun) / calls
 
     for row in rows:
-        timed(row, 1)  # the first call compiles and allocates
-        row["calls"], row["times"] = max(1, min(100, round(least / timed(row, 1)))) if least else 1, []
+        row["calls"], row["times"] = 1, []
+        if least:
+            timed(row, 1)  # the first call compiles and allocates
+            row["calls"] = max(1, min(100, round(least / timed(row, 1))))
     for repeat in range(repeats):
         for row in rows[:: 1 if repeat % 2 else -1]:  # to and fro, so that nobody always follows the same neighbour
             row["times"].append(timed(row, row["calls"]))
@@ -338,7 +349,7 @@ def main(argv=None):
         return 2
     fuse = device.type == "cuda" if args.compile is None else args.compile
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["torch"])
+    fork.set_forkserver_preload(["torch._dynamo", "__main__"])  # what else every fresh process would import anew
     print(f"{device_line}; torch {torch.__version__}, {torch.get_num_threads()} threads, median of {args.repeats}"
           f"{', ours compiled' * fuse}")
     widths = [7, 18, 9, 8, 9, 9, 17, 9, 9, 5, 7, 5, 6]
