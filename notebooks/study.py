@@ -81,6 +81,8 @@ STUDIES = {
             "ar-e24": "--objective=ar --epochs=24", "ar-e48-d.2": "--objective=ar --epochs=48 --dropout=0.2",
             "ar-e96-d.3": "--objective=ar --epochs=96 --dropout=0.3",
             f"diffusion-e{E}-d.1": f"--objective=diffusion --epochs={E} --dropout=0.1"}.items()},
+        "char16k-diffusion-e800-d.3": "--data=data/sotu-char --unique_tokens=16384 --objective=diffusion --epochs=800 "
+                                      "--dropout=0.3",
         **{f"u16k-{where}-{name}": f"--unique_tokens=16384 {there} {flags}" for where, E, there in (
             ("c64", 48, "--n_layer=2 --n_head=2 --n_embd=64"), ("c192", 16, "--n_layer=4 --n_head=3 --n_embd=192"),
             ("bpe4096", 16, "--data=data/sotu-bpe4096")) for name, flags in {
