@@ -301,10 +301,11 @@ def plot():
                                       (tuned, "-.", "0.45", "left to right, tuned (exact)"),
                                       (diffusion, "-", "0", "diffusion (bound)"),
                                       (longer, "-", "0.45", "diffusion, tuned (bound)")):
+        seeds = "one seed" if len(logs) == 1 else f"{len(logs)} seeds"
         for i, (_, rows) in enumerate(logs):
-            ax.plot(*curve(rows), style, color=shade, lw=1.2, label=None if i else f"{label}, {len(logs)} seeds")
+            ax.plot(*curve(rows), style, color=shade, lw=1.2, label=None if i else f"{label}, {seeds}")
     ax.plot(again["step"] * config["batch_size"] * config["block_size"] / tokens, again["loss"], "ks", ms=5,
-            label="diffusion, tuned, 400 epochs (bound), seed 1")
+            label="diffusion, tuned (bound), another seed: its end")
     at = [laws.crossing(curve(ar).T, curve(d).T) for (_, ar), (_, d) in zip(plain, diffusion, strict=True)]
     height = np.mean([np.interp(np.log(e), np.log(curve(d)[0]), curve(d)[1])
                       for e, (_, d) in zip(at, diffusion, strict=True)])
@@ -317,7 +318,7 @@ def plot():
     ax.set(xscale="log", xlabel="epochs", ylabel="validation, nats per token", ylim=(2.9, 7),
            title=f"{config['parameters'] / 1e6:.1f}M parameters, {config['unique_tokens']:,} unique tokens")
     ax.secondary_xaxis("top", functions=(lambda e: e * scale, lambda f: f / scale)).set_xlabel("FLOPs")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.92))
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 1.01))
     fig.savefig(RESULTS / "crossover.png", dpi=120)
 
 
