@@ -195,13 +195,12 @@ def read_log(path):
 
 def plot_losses(records, path):
     """loss.png: training and validation loss against epochs (FLOPs above), the lowest validation loss marked."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose choice of a window or a notebook is the caller's
     config, rows = records[0]["config"], records[1:]
     best, scale = min(rows, key=lambda r: r["val_loss"]), rows[-1]["flops"] / rows[-1]["epoch"]
     bound = " (bound)" if config["objective"] == "diffusion" else ""
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    fig = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = fig.subplots()
     for name, style in (("train", "--"), ("val", "-")):
         ax.plot([r["epoch"] for r in rows], [r[f"{name}_loss"] for r in rows], style, color="black", label=name + bound)
     ax.plot(best["epoch"], best["val_loss"], "o", color="black",
@@ -212,7 +211,6 @@ def plot_losses(records, path):
     ax.secondary_xaxis("top", functions=(lambda e: e * scale, lambda f: f / scale)).set_xlabel("FLOPs")
     ax.legend(frameon=False)
     write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
 
 
 def open_data(config):

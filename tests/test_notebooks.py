@@ -29,6 +29,8 @@ def test_stored_state_is_that_of_one_run_without_errors(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert outputs and not any(output.output_type == "error" for output in outputs)
+    for cell in cells:  # what draws has its picture
+        assert "plt.show()" not in cell.source or any("image/png" in output.get("data", {}) for output in cell.outputs)
     assert "python 3" in json.dumps(cells[0].outputs) and path.stat().st_size < 1_000_000
     text = "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
     assert not re.search(r"Warning|Traceback|(?<![\w.])/(home|root|tmp|work|usr)/", text)
