@@ -60,7 +60,7 @@ STUDIES = {
     "precision": {f"{objective}-{dtype}-s{seed}": f"--preset=laptop --objective={objective} --epochs=12 "
                   f"--dtype={dtype} --seed={seed}" for objective in ("ar", "diffusion") for seed in (1, 2)
                   for dtype in ("float32", "bfloat16")},
-    # where is the hard crossing? fewer tokens, other tokenizers, on the tuning split
+    # where is the hard crossing? other numbers of tokens, tokenizers and networks, on the tuning split
     "map": {name: f"--preset=laptop --split=tune {flags}" for name, flags in {
         "u16k-ar-e16": "--unique_tokens=16384 --objective=ar --epochs=16",
         "u16k-ar-e48-d.2": "--unique_tokens=16384 --objective=ar --epochs=48 --dropout=0.2",
@@ -93,7 +93,7 @@ STUDIES = {
             f"ar-e{3 * E}-d.2": f"--objective=ar --epochs={3 * E} --dropout=0.2",
             "diffusion-e400-d.1": "--objective=diffusion --epochs=400 --dropout=0.1"}.items()},
     }.items()},
-    # where the map's gap is smallest, on val: characters, the settings chosen on tune
+    # where diffusion meets plain AR, on val: characters, the settings chosen on tune
     "char": {f"{name}-s{seed}": f"--preset=laptop --data=data/sotu-char --unique_tokens=16384 --seed={seed} {flags}"
              for seed in (1, 2, 3) for name, flags in {
         "ar": "--objective=ar --epochs=16", "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2",
