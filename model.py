@@ -114,8 +114,9 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-5), SwiGLU(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, keep=None):
         x = x + self.drop(self.attn(self.norm1(x), cos, sin, cache))
+        x = x if keep is None else x.flatten(0, 1)[keep]  # [DIFFUSION] the last block: what is not scored ends here
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -139,8 +140,10 @@ class GPT(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def hidden(self, idx, position=None, cache=None):
+    def hidden(self, idx, position=None, cache=None, keep=None):
         """Token ids (B, T) in 0..V to final hidden states (B, T, C). position: (B, T), places if not 0..T-1.
+
+        keep: (M,) positions in the flattened idx whose states (M, C) are all that is wanted.
 
         cache (AR): an empty list for each block. It keeps what attention needs of idx; in the calls that follow, idx is
         (B, 1), the one token that comes next.
@@ -149,7 +152,7 @@ class GPT(nn.Module):
         cos, sin = (t[P:P + idx.shape[1]] if position is None else t[position][:, None] for t in (self.cos, self.sin))
         x = self.drop(self.embed(idx))  # (B, T, C)
         for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x = block(x, cos, sin, kept)
+            x = block(x, cos, sin, kept, keep if block is self.blocks[-1] else None)
         return self.norm(x)
 
     def head(self, h):
@@ -192,7 +195,7 @@ class GPT(nn.Module):
             nll = self.nll(self.hidden(past, position).flatten(0, 1), x.flatten())  # (B T,)
             return nll.view(B, T).mean(1)  # [AR] every token is scored
         index = mask.flatten().nonzero().squeeze(1) if index is None else index  # (M,)
-        h = self.hidden(x.masked_fill(mask, V)).flatten(0, 1)[index]  # [DIFFUSION] (M, C): masked tokens only
+        h = self.hidden(x.masked_fill(mask, V), keep=index)  # [DIFFUSION] (M, C): masked tokens only
         nll = self.nll(h, x.flatten()[index])  # (M,)
         row = index // T
         return nll.new_zeros(B).index_add(0, row, nll / mask.sum(1)[row])  # [DIFFUSION] mean over the k of each block

@@ -9,10 +9,11 @@ ratios within a repeat. Its columns:
 
   tok/s    tokens of text per second: of whole training steps (batch, forward, backward, clipping, optimizer, as
            train.train does them), of evaluation (one mask a token counts once), or of text written
-  FLOP/s   of the model alone, for a training step (6 N + 12 L C T) B T - 6 V C (B T - scored tokens), where N counts
-           all parameters and the last term is the output layer that diffusion leaves out on the tokens it does not
-           score (5, arXiv 2001.08361; attention as if nothing were masked). A third of it to evaluate. What the
-           optimizer computes is not counted, though it takes time: Muon's Newton-Schulz steps are dozens of products
+  FLOP/s   of the model alone, for a training step (6 N + 12 L C T) B T - 6 (V C + M) (B T - scored tokens), where N
+           counts all parameters and the last term is the output layer and the last block's MLP, of M parameters, which
+           diffusion leaves out on the tokens it does not score (arXiv 2001.08361; attention as if nothing were masked).
+           A third of it to evaluate. What the optimizer computes is not counted, though it takes time: Muon's
+           Newton-Schulz steps are dozens of products
   peak     that, as a share of what one large matrix product reaches here, in the same repeats, in the same dtype
   memory   what two steps add to the peak memory: resident in a fresh process on a CPU, allocated on a GPU
   x ref    tok/s over those of the reference in the same dtype
@@ -191,7 +192,9 @@ def flops(c, who, parameters):
     """FLOPs of a training step: see FLOP/s above."""
     L, C, T, tokens = c["n_layer"], c["n_embd"], c["block_size"], c["batch_size"] * c["block_size"]
     scored = c["batch_size"] * (T + 1) // 2 if who == "diffusion" else tokens
-    return (6 * parameters + 12 * L * C * T) * tokens - 6 * c["vocab_size"] * C * (tokens - scored)
+    with torch.device("meta"):
+        mlp = sum(p.numel() for p in make_model(c).blocks[-1].mlp.parameters())
+    return (6 * parameters + 12 * L * C * T) * tokens - 6 * (c["vocab_size"] * C + mlp) * (tokens - scored)
 
 
 def child_memory(shape, *variant):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_module
 from conftest import any_order_losses, tiny
@@ -197,6 +198,37 @@ def test_logits_in_parts_give_the_same_loss_and_gradient(monkeypatch, objective)
         assert (sum(n for n in kept if n == 3 * V) >= V * 7 * T // 2) == (most > 3 * V == at_once)  # kept, or not
     for a, *others in zip(*results, strict=True):
         assert all(torch.allclose(a, b, atol=1e-6) for b in others)
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_a_124M_network_on_32_blocks_of_1024_fits_a_card_of_24_GB(objective):
+    """By what the backward pass keeps of small cases, by layer and by block. That is eager; compiled keeps less."""
+    V, T, C = 50257, 1024, 768
+
+    def kept(L, B):
+        model = GPT(GPTConfig(objective, 100, T, L, 12, C))
+        weights, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def pack(t):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        mask = draw_mask(B, T, torch.Generator().manual_seed(0)) if objective == "diffusion" else None
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16), \
+                sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # what a GPU takes: no T x T weights are kept
+            loss = model(torch.randint(100, (B, T)), mask).mean()
+        assert loss > 0  # and so its graph still holds what was counted
+        return sum(sizes.values())
+
+    one, two, one_b2, two_b2 = (kept(L, B) for B in (2, 4) for L in (1, 2))
+    layer, rest = ((b2 - b) / 2 for b2, b in ((two_b2 - one_b2, two - one), (one_b2, one)))  # bytes a block of text
+    activations = 32 * (rest + 11 * layer)
+    assert 10e9 < activations < 20e9
+    weights = 16 * GPT(GPTConfig(objective, V, T, 12, 12, C)).num_params()  # with gradients and two moments
+    logits = 16 * model_module.MAX_LOGITS  # one part of them, its softmax and gradients, in bf16 and float32
+    assert activations + weights + logits < 24 * 2**30
 
 
 def test_an_ar_model_may_read_other_tokens_than_it_predicts_and_in_another_order():
