@@ -78,6 +78,8 @@ STUDIES = {
         "u128k-diffusion-e300-d.1": "--unique_tokens=131072 --objective=diffusion --epochs=300 --dropout=0.1 --compile",
         **{f"char{U}k-{name}": f"--data=data/sotu-char --unique_tokens={U * 1024} --objective={flags}" for U, more in {
             4: {"ar-e64": "ar --epochs=64", "ar-e192-d.3": "ar --epochs=192 --dropout=0.3",
+                "ar-e192-d.5": "ar --epochs=192 --dropout=0.5",
+                "ar-e192-d.3-wd1.6": "ar --epochs=192 --dropout=0.3 --weight_decay=1.6",
                 "diffusion-e1600-d.3": "diffusion --epochs=1600 --dropout=0.3"},
             16: {"diffusion-e800-d.1": "diffusion --epochs=800 --dropout=0.1",
                  "diffusion-e800-d.3": "diffusion --epochs=800 --dropout=0.3",
@@ -86,6 +88,13 @@ STUDIES = {
         }.items() for name, flags in ({
             "ar-e24": "ar --epochs=24", "ar-e48-d.2": "ar --epochs=48 --dropout=0.2",
             "ar-e96-d.3": "ar --epochs=96 --dropout=0.3"} | more).items()},
+        **{f"char1k-{name}": f"--data=data/sotu-char --unique_tokens=1024 --batch_size=8 --objective={flags}"
+           for name, flags in {
+            "ar-e96": "ar --epochs=96", "ar-e192": "ar --epochs=192", "ar-e192-d.3": "ar --epochs=192 --dropout=0.3",
+            "ar-e384-d.3": "ar --epochs=384 --dropout=0.3", "ar-e384-d.5": "ar --epochs=384 --dropout=0.5",
+            "ar-e384-d.5-wd1.6": "ar --epochs=384 --dropout=0.5 --weight_decay=1.6",
+            "diffusion-e3200-d.3": "diffusion --epochs=3200 --dropout=0.3",
+            "diffusion-e6400-d.5": "diffusion --epochs=6400 --dropout=0.5"}.items()},
         **{f"u16k-{where}-{name}": f"--unique_tokens=16384 {there} {flags}" for where, E, there in (
             ("c64", 48, "--n_layer=2 --n_head=2 --n_embd=64"), ("c192", 16, "--n_layer=4 --n_head=3 --n_embd=192"),
             ("bpe4096", 16, "--data=data/sotu-bpe4096")) for name, flags in {
@@ -94,10 +103,12 @@ STUDIES = {
             "diffusion-e400-d.1": "--objective=diffusion --epochs=400 --dropout=0.1"}.items()},
     }.items()},
     # where diffusion meets plain AR, on val: characters, the settings chosen on tune
-    "char": {f"{name}-s{seed}": f"--preset=laptop --data=data/sotu-char --unique_tokens=16384 --seed={seed} {flags}"
+    "char": {f"{where}{name}-s{seed}": f"--preset=laptop --data=data/sotu-char --unique_tokens={U} "
+             f"--seed={seed} {flags}" for where, U, plain, tuned, long in (("", 16384, 16, "48 --dropout=0.2", 800),
+                                                  ("u4k-", 4096, 64, "192 --dropout=0.3", 1600))
              for seed in (1, 2, 3) for name, flags in {
-        "ar": "--objective=ar --epochs=16", "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2",
-        "diffusion": "--objective=diffusion --epochs=800 --dropout=0.3",
+        "ar": f"--objective=ar --epochs={plain}", "ar-tuned": f"--objective=ar --epochs={tuned}",
+        "diffusion": f"--objective=diffusion --epochs={long} --dropout=0.3",
     }.items()},
     # notebook 04: AR on N fixed orders; diffusion under M fixed masks a block (0: fresh ones)
     "why": {f"orders{n}": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "
