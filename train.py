@@ -375,7 +375,7 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
     rows, per_step = slice(rank * B // world, (rank + 1) * B // world), B * config["block_size"]
     run = compiled(model, batch(config, tokens, 0, rows), device, dtype) if config["compile"] else model
     if world > 1:
-        run = torch.nn.parallel.DistributedDataParallel(run, broadcast_buffers=False)
+        run = torch.nn.parallel.DistributedDataParallel(run)
     loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)  # stays there: to read it is to wait
     started, begun = time.perf_counter() - state["seconds"], state["step"]
     since = time.perf_counter(), begun  # the last pause of training, to tell its speed
