@@ -83,32 +83,41 @@ STUDIES = {
                 "diffusion-e1600-d.3": "diffusion --epochs=1600 --dropout=0.3"},
             16: {"diffusion-e800-d.1": "diffusion --epochs=800 --dropout=0.1",
                  "diffusion-e800-d.3": "diffusion --epochs=800 --dropout=0.3",
-                 "ar-e12": "ar --epochs=12", "ar-e16": "ar --epochs=16",
+                 "ar-e12": "ar --epochs=12", "ar-e16": "ar --epochs=16", "ar-e24-lr.001": "ar --epochs=24 --lr=0.001",
+                 "ar-e24-replace.15": "ar --epochs=24 --replace=0.15",
+                 "ar-e48-d.2-replace.1": "ar --epochs=48 --dropout=0.2 --replace=0.1",
                  "ar-e48-d.2-wd1.6": "ar --epochs=48 --dropout=0.2 --weight_decay=1.6"},
         }.items() for name, flags in ({
             "ar-e24": "ar --epochs=24", "ar-e48-d.2": "ar --epochs=48 --dropout=0.2",
             "ar-e96-d.3": "ar --epochs=96 --dropout=0.3"} | more).items()},
         **{f"char1k-{name}": f"--data=data/sotu-char --unique_tokens=1024 --batch_size=8 --objective={flags}"
            for name, flags in {
-            "ar-e96": "ar --epochs=96", "ar-e192": "ar --epochs=192", "ar-e192-d.3": "ar --epochs=192 --dropout=0.3",
+            "ar-e96": "ar --epochs=96", "ar-e192": "ar --epochs=192", "ar-e96-d.1": "ar --epochs=96 --dropout=0.1",
+            "ar-e192-d.2": "ar --epochs=192 --dropout=0.2", "ar-e192-d.3": "ar --epochs=192 --dropout=0.3",
             "ar-e384-d.3": "ar --epochs=384 --dropout=0.3", "ar-e384-d.5": "ar --epochs=384 --dropout=0.5",
             "ar-e384-d.5-wd1.6": "ar --epochs=384 --dropout=0.5 --weight_decay=1.6",
-            "diffusion-e3200-d.3": "diffusion --epochs=3200 --dropout=0.3",
-            "diffusion-e6400-d.5": "diffusion --epochs=6400 --dropout=0.5"}.items()},
-        **{f"u16k-{where}-{name}": f"--unique_tokens=16384 {there} {flags}" for where, E, there in (
-            ("c64", 48, "--n_layer=2 --n_head=2 --n_embd=64"), ("c192", 16, "--n_layer=4 --n_head=3 --n_embd=192"),
-            ("bpe4096", 16, "--data=data/sotu-bpe4096")) for name, flags in {
+            "ar-e96-lr.001": "ar --epochs=96 --lr=0.001", "ar-e96-lr.004": "ar --epochs=96 --lr=0.004",
+            "ar-e48": "ar --epochs=48", "ar-e96-wd3.2": "ar --epochs=96 --weight_decay=3.2",
+            "ar-e96-replace.15": "ar --epochs=96 --replace=0.15", "ar-e96-hide.15": "ar --epochs=96 --hide=0.15",
+            "ar-e96-lr.001-d.1": "ar --epochs=96 --lr=0.001 --dropout=0.1",
+            "ar-e192-lr.001-d.3": "ar --epochs=192 --lr=0.001 --dropout=0.3",
+            "ar-e192-lr.0005": "ar --epochs=192 --lr=0.0005",
+            "diffusion-e800-lr.001-d.3": "diffusion --epochs=800 --lr=0.001 --dropout=0.3",
+            "diffusion-e800-d.3": "diffusion --epochs=800 --dropout=0.3",
+            "diffusion-e400-d.1": "diffusion --epochs=400 --dropout=0.1"}.items()},
+        **{f"u16k-{where}-{name}": f"--unique_tokens=16384 {there} {flags}" for where, E, F, there in (
+            ("c64", 48, 400, "--n_layer=2 --n_head=2 --n_embd=64"),
+            ("c192", 16, 400, "--n_layer=4 --n_head=3 --n_embd=192"),
+            ("bpe4096", 16, 200, "--data=data/sotu-bpe4096")) for name, flags in {
             f"ar-e{E}": f"--objective=ar --epochs={E}",
             f"ar-e{3 * E}-d.2": f"--objective=ar --epochs={3 * E} --dropout=0.2",
-            "diffusion-e400-d.1": "--objective=diffusion --epochs=400 --dropout=0.1"}.items()},
+            f"diffusion-e{F}-d.1": f"--objective=diffusion --epochs={F} --dropout=0.1"}.items()},
     }.items()},
     # where diffusion meets plain AR, on val: characters, the settings chosen on tune
-    "char": {f"{where}{name}-s{seed}": f"--preset=laptop --data=data/sotu-char --unique_tokens={U} "
-             f"--seed={seed} {flags}" for where, U, plain, tuned, long in (("", 16384, 16, "48 --dropout=0.2", 800),
-                                                  ("u4k-", 4096, 64, "192 --dropout=0.3", 1600))
+    "char": {f"{name}-s{seed}": f"--preset=laptop --data=data/sotu-char --unique_tokens=16384 --seed={seed} {flags}"
              for seed in (1, 2, 3) for name, flags in {
-        "ar": f"--objective=ar --epochs={plain}", "ar-tuned": f"--objective=ar --epochs={tuned}",
-        "diffusion": f"--objective=diffusion --epochs={long} --dropout=0.3",
+        "ar": "--objective=ar --epochs=16", "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2",
+        "diffusion": "--objective=diffusion --epochs=800 --dropout=0.3",
     }.items()},
     # notebook 04: AR on N fixed orders; diffusion under M fixed masks a block (0: fresh ones)
     "why": {f"orders{n}": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "
