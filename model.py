@@ -151,8 +151,8 @@ class GPT(nn.Module):
         P = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens in the cache
         cos, sin = (t[P:P + idx.shape[1]] if position is None else t[position][:, None] for t in (self.cos, self.sin))
         x = self.drop(self.embed(idx))  # (B, T, C)
-        for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x = block(x, cos, sin, kept, keep if block is self.blocks[-1] else None)
+        for block, own_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x = block(x, cos, sin, own_cache, keep if block is self.blocks[-1] else None)
         return self.norm(x)
 
     def head(self, h):

@@ -222,9 +222,8 @@ def test_a_124M_network_on_32_blocks_of_1024_fits_a_card_of_24_GB(objective):
         assert loss > 0  # and so its graph still holds what was counted
         return sum(sizes.values())
 
-    one, two, one_b2, two_b2 = (kept(L, B) for B in (2, 4) for L in (1, 2))
-    layer, rest = ((b2 - b) / 2 for b2, b in ((two_b2 - one_b2, two - one), (one_b2, one)))  # bytes a block of text
-    activations = 32 * (rest + 11 * layer)
+    block = {L: (kept(L, 4) - kept(L, 2)) / 2 for L in (1, 2)}  # bytes a block of text, with that many layers
+    activations = 32 * (block[1] + 11 * (block[2] - block[1]))
     assert 10e9 < activations < 20e9
     weights = 16 * GPT(GPTConfig(objective, V, T, 12, 12, C)).num_params()  # with gradients and two moments
     logits = 16 * model_module.MAX_LOGITS  # one part of them, its softmax and gradients, in bf16 and float32
