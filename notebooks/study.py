@@ -112,6 +112,11 @@ STUDIES = {
             f"ar-e{E}": f"--objective=ar --epochs={E}",
             f"ar-e{3 * E}-d.2": f"--objective=ar --epochs={3 * E} --dropout=0.2",
             f"diffusion-e{F}-d.1": f"--objective=diffusion --epochs={F} --dropout=0.1"}.items()},
+        **{f"u64k-bpe4096-{name}": f"--data=data/sotu-bpe4096 --unique_tokens=65536 --objective={flags}"
+           for name, flags in {
+            "ar-e8": "ar --epochs=8", "ar-e16": "ar --epochs=16", "ar-e24-d.2": "ar --epochs=24 --dropout=0.2",
+            "ar-e48-d.2-wd1.6": "ar --epochs=48 --dropout=0.2 --weight_decay=1.6",
+            "diffusion-e200-d.1": "diffusion --epochs=200 --dropout=0.1"}.items()},
     }.items()},
     # where diffusion meets plain AR, on val: characters, the settings chosen on tune
     "char": {f"{name}-s{seed}": f"--preset=laptop --data=data/sotu-char --unique_tokens=16384 --seed={seed} {flags}"
