@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-OBJECTIVES = ("ar", "diffusion")
 FORMAT = "ambigpt-checkpoint-1"
 MAX_LOGITS = 2**27  # logits to keep for the backward pass, half a gigabyte: see GPT.nll
 CPU_LOGITS = 2**21  # logits a CPU computes at a time: beyond its caches a bf16 step at V = 4096 takes a fifth longer
@@ -53,8 +52,8 @@ class GPTConfig:
     rope_base: float = 20.0  # small, as a masked token knows only where it stands, and slow rotations hardly tell it
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise UserError(f"unknown objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+        if self.objective not in ("ar", "diffusion"):
+            raise UserError(f"unknown objective {self.objective!r}: choose ar or diffusion")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -173,9 +172,7 @@ class GPT(nn.Module):
             return F.cross_entropy(self.head(h), target, reduction="none")
 
         V = self.config.vocab_size
-        rows = max(1, (min(CPU_LOGITS, MAX_LOGITS) if h.device.type == "cpu" else MAX_LOGITS) // V)
-        if len(h) <= rows:
-            return score(h, target)
+        rows = max(1, (CPU_LOGITS if h.device.type == "cpu" else MAX_LOGITS) // V)
         parts = zip(h.split(rows), target.split(rows), strict=True)
         if len(h) * V <= MAX_LOGITS:
             return torch.cat([score(*part) for part in parts])
@@ -247,21 +244,20 @@ def evaluate(model, blocks, passes=2, seed=0, batch_size=64):
     AR: the exact -log p, error 0. Diffusion: an estimate of the bound from `passes` >= 2 masks a block. It draws from
     its own generator, so every checkpoint meets the same masks and training is not disturbed.
     """
-    training = model.training
+    def score(*inputs):  # tensors (N, T) -> (N,) nats per token
+        parts = zip(*(tensor.split(batch_size) for tensor in inputs), strict=True)
+        return torch.cat([model(*(tensor.to(device) for tensor in part)).double().cpu() for part in parts])
+
+    training, device, (N, T) = model.training, model.embed.weight.device, blocks.shape
     model.eval()
-    device = model.embed.weight.device
-    N, T = blocks.shape
     if model.config.objective == "ar":
-        loss = torch.cat([model(x.to(device)).double().cpu() for x in blocks.split(batch_size)])  # (N,)
-        result = loss.mean().item(), 0.0  # [AR]
+        result = score(blocks).mean().item(), 0.0  # [AR]
     else:
         if passes < 2:
             raise ValueError(f"{passes} evaluation pass: a diffusion bound needs at least 2 to know its own error")
         generator = torch.Generator().manual_seed(seed)
         masks = [draw_mask(N, T, generator) for _ in range(passes)]
-        loss = torch.stack([torch.cat([model(x.to(device), m.to(device)).double().cpu()
-                                       for x, m in zip(blocks.split(batch_size), mask.split(batch_size), strict=True)])
-                            for mask in masks], dim=1)  # (N, passes)
+        loss = torch.stack([score(blocks, mask) for mask in masks], dim=1)  # (N, passes)
         k = torch.stack([mask.sum(1) for mask in masks], dim=1)
         result = loss.mean().item(), standard_error(loss, k)  # [DIFFUSION]
     model.train(training)
@@ -302,10 +298,9 @@ def conditional_nll(model, x, target):
     rank = target.long().cumsum(1) - 1  # (B, T): 0 at the first target of a row, 1 at the second, ...
     total = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     for j in range(int(target.sum(1).max())):  # [DIFFUSION] targets before the j-th are seen, it and later ones hidden
-        now = (target & (rank == j)).nonzero()  # (rows that have a j-th target, 2)
-        h = model.hidden(x.masked_fill(target & (rank >= j), model.config.vocab_size))
-        total[now[:, 0]] += F.cross_entropy(model.head(h[now[:, 0], now[:, 1]]), x[now[:, 0], now[:, 1]],
-                                            reduction="none").double()
+        rows, places = (target & (rank == j)).nonzero(as_tuple=True)  # of the rows that have a j-th target
+        h = model.hidden(x.masked_fill(target & (rank >= j), model.config.vocab_size))[rows, places]  # (rows, C)
+        total[rows] += F.cross_entropy(model.head(h), x[rows, places], reduction="none").double()
     return total
 
 

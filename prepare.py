@@ -98,15 +98,6 @@ class Tokenizer:
             spec |= {"pattern": SPLIT_PATTERN, "tokens": [bytes(token).decode("latin-1") for token, _ in ranks]}
         return cls(spec)
 
-    def to_dict(self):
-        """Plain JSON values, from which from_dict makes the same tokenizer."""
-        return self.spec
-
-    @classmethod
-    def from_dict(cls, d):
-        """The inverse of to_dict. Raises DataError when d describes no tokenizer."""
-        return cls(d)
-
     def encode_passage(self, passage):
         """UTF-8 bytes -> (ids, the characters left out because a char vocabulary lacks them)."""
         text = str(passage, "utf-8")
@@ -179,8 +170,10 @@ def read_files(paths):
         try:
             text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark
             pieces = passages(memoryview(text))  # views: no room for a copy beside a large file
-            if not text or text.isspace() or b"\0" in text or any(str(piece, "utf-8") is None for piece in pieces):
+            if not text or text.isspace() or b"\0" in text:
                 raise ValueError("it is empty or binary")
+            for piece in pieces:
+                str(piece, "utf-8")  # raises a ValueError where it is no text
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {path} as UTF-8 text ({error}): --input takes names of text files") from error
         yield from ((piece, piece) for piece in (pieces if len(paths) == 1 else [text]))
@@ -302,11 +295,6 @@ def replacing(folder):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def data_dir(dataset="sotu", tokenizer="bpe", vocab_size=DEFAULT_VOCAB_SIZE):
-    """Where prepare() puts a dataset unless told otherwise, e.g. data/sotu-bpe512."""
-    return Path("data") / f"{dataset}-{tokenizer}{vocab_size if tokenizer == 'bpe' else ''}"
-
-
 def load(folder):
     """Open a prepared folder as Data. Raises DataError unless every id is there as prepare() wrote it."""
     folder = Path(folder)
@@ -314,7 +302,7 @@ def load(folder):
     command = meta.get("command") or f"python prepare.py --out={shlex.quote(str(folder))}"
     if meta.get("version") != VERSION:
         raise DataError(f"{folder} holds no data of prepare.py's version {VERSION}: run `{command}` or name another")
-    tokenizer = Tokenizer.from_dict(meta.get("tokenizer"))
+    tokenizer = Tokenizer(meta.get("tokenizer"))
     try:
         splits = {name: np.memmap(folder / f"{name}.bin", tokenizer.dtype, mode="r") for name in SPLITS}
         if any(hashlib.sha256(splits[name]).hexdigest() != meta["splits"][name]["sha256"] for name in SPLITS):
@@ -349,7 +337,7 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=DEFAULT_VOCAB
     Tokenizer.train(tokenizer, ["a"], vocab_size)  # finds faults in these two now, not after a long download
     documents = read_files(inputs) if inputs else readers[dataset]()
     dataset = f"input-{Path(inputs[0]).stem}" if inputs else dataset
-    folder = Path(out or data_dir(dataset, tokenizer, vocab_size))
+    folder = Path(out or f"data/{dataset}-{tokenizer}{vocab_size if tokenizer == 'bpe' else ''}")
     with replacing(folder) as new:
         pieces = split(documents)
         if dataset != "c4":  # which comes shuffled; in its own order a longer stream goes on where a shorter one ends
@@ -359,7 +347,7 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=DEFAULT_VOCAB
                   for name in SPLITS}
         del splits["train"]["document_starts"]  # shuffled passages start no document
         meta = {"format": FORMAT, "version": VERSION, "dataset": dataset, "command": command,
-                "dtype": coder.dtype.name, "splits": splits, "tokenizer": coder.to_dict()}
+                "dtype": coder.dtype.name, "splits": splits, "tokenizer": coder.spec}
         (new / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     total = {key: sum(part[key] for part in splits.values()) for key in ("documents", "passages", "bytes", "tokens")}

@@ -297,8 +297,8 @@ def generate(args, folder):
     if args.checkpoint == "best" and not path.exists() and path.with_name("last.pt").exists():
         raise UserError(f"{path.parent} has not been evaluated yet: train on, or sample with --checkpoint=last")
     saved, device = load_checkpoint(path), choose_device(args.device)[0]
-    model, tokenizer = model_from_checkpoint(saved).to(device), Tokenizer.from_dict(saved["tokenizer"])
-    # It runs in float32 everywhere: bf16 rounds a cached past differently, so the text would depend on the cache.
+    model, tokenizer = model_from_checkpoint(saved).to(device), Tokenizer(saved["tokenizer"])
+    # It writes in float32 on any device: bf16 rounds a cached past differently, so the text would depend on the cache.
     ids, length = given(args, model, tokenizer)
     ids = torch.as_tensor(ids, device=device).repeat(args.num_samples, 1)  # (B, P)
     how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,

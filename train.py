@@ -45,8 +45,7 @@ FLAGS = {
     "replace": (float, 0.0, 0.0, 0, "ar: share of the tokens it reads that are replaced by random ones"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, 12, ... epochs"),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all of it"),
-    "eval_passes": (int, 2, 2, 2, "masks drawn for every evaluated block (diffusion); from 2 on their error is known"),
-    "final_passes": (int, 24, 8, 2, "the same for the evaluation after the last step"),
+    "final_passes": (int, 24, 8, 2, "masks drawn for every block after the last step (diffusion); before it, 2"),
     "split": (str, "val", "val", ("val", "tune"), "held-out split: val to report, tune to choose settings by"),
     "device": (str, "auto", "auto", None, "auto, cpu, cuda, cuda:1, ..."),
     "dtype": (str, "auto", "auto", ("auto", "float32", "bfloat16"), "of the matrix products; weights are float32"),
@@ -82,7 +81,7 @@ import prepare
 from model import UserError, chain_rule_nll, choose_device, draw_mask, evaluate, load_checkpoint, make_model
 from model import make_optimizers, model_from_checkpoint, precision, save_checkpoint, write_atomic
 
-FREE_ON_RESUME = {"out", "device", "compile"}  # what may differ between a run and its resumption
+FREE_ON_RESUME = {"device", "compile"}  # what may differ between a run and its resumption
 SAVE_SECONDS = 600  # the longest a single process goes without saving
 
 
@@ -102,7 +101,7 @@ def make_config(preset=None, **given):
         if isinstance(allowed, tuple) and value not in allowed:
             raise UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
         if kind in (int, float) and not allowed <= value < 2**62:
-            raise UserError(f"--{name}={value}: it must be a number of at least {allowed}")
+            raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
     if config["batch_size"] % 2:
         raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
     if (noise := config["hide"] + config["replace"]) > 1 or noise and config["objective"] != "ar":
@@ -295,10 +294,10 @@ def evaluation_steps(config):
     return {step for step in due if 0 < step < steps} | {steps}
 
 
-def score(config, model, blocks, device, dtype, passes="eval_passes"):
+def score(config, model, blocks, device, dtype, passes=2):
     """The held-out loss of a model: nats per token, its standard error, bits per byte."""
     with precision(device, dtype):
-        loss, stderr = evaluate(model, blocks, config[passes])
+        loss, stderr = evaluate(model, blocks, passes)
     return {"loss": loss, "stderr": stderr, "bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
 
 
@@ -337,7 +336,7 @@ def join_processes(config):
 
 
 def train(config, saved=None, stop=lambda: 0, batch=None):
-    """Run what make_config describes, or go on from a saved checkpoint; return the log, a list of records.
+    """Run what make_config describes, or go on from a saved checkpoint; return the log (rank 0), a list of records.
 
     stop() is asked after every step and returns the number of a signal to end on, or 0. batch: in place of get_batch,
     for experiments. Under torchrun every process computes its rows of each batch; rank 0 alone evaluates and writes.
@@ -382,7 +381,7 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
 
     def save(name):
         state.update(loss_sum=loss_sum.item(), seconds=time.perf_counter() - started)
-        content = {"config": config, "tokenizer": data.tokenizer.to_dict(), "state": state, "model": model.state_dict()}
+        content = {"config": config, "tokenizer": data.tokenizer.spec, "state": state, "model": model.state_dict()}
         if name == "last.pt":
             content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(out / name, content)
@@ -407,10 +406,10 @@ def train(config, saved=None, stop=lambda: 0, batch=None):
             state["best"] = dict(record)
             save("best.pt")
         if state["step"] == steps:  # once more with more masks, alike for the final and the best model
-            final = best = score(config, model, blocks, device, dtype, "final_passes")
+            final = best = score(config, model, blocks, device, dtype, config["final_passes"])
             if state["best"]["step"] < steps:
                 best = model_from_checkpoint(load_checkpoint(out / "best.pt")).to(device)
-                best = score(config, best, blocks, device, dtype, "final_passes")
+                best = score(config, best, blocks, device, dtype, config["final_passes"])
             record |= {f"final_{k}": v for k, v in final.items()} | {f"best_{k}": v for k, v in best.items()}
         record["seconds"] = round(time.perf_counter() - started, 1)
         records.append(record)
@@ -515,7 +514,7 @@ def score_again(run, given):
             data, _, blocks = open_data(config)
             config |= size_of(blocks, data)
             model = model_from_checkpoint(saved).to(device)
-            result = score(config, model, blocks, device, dtype, "final_passes")
+            result = score(config, model, blocks, device, dtype, config["final_passes"])
             if config["objective"] == "diffusion":
                 with precision(device, dtype):
                     exact = [chain_rule_nll(model, x.to(device)) for x in blocks.split(64)]

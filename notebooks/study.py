@@ -246,7 +246,7 @@ def plan(study, name):
     with torch.device("meta"):
         model = train.make_model(config | {"vocab_size": data.tokenizer.vocab_size})
     config = train.describe(config, data, tokens, blocks, model)
-    passes = np.array([1, 1] if config["objective"] == "ar" else [config["eval_passes"], config["final_passes"]])
+    passes = np.array([1, 1] if config["objective"] == "ar" else [2, config["final_passes"]])
     scored = config["eval_tokens"] * passes @ (len(train.evaluation_steps(config)), 2)
     return config | {"all_flops": config["flops"] + 2 * config["parameters"] * int(scored)}
 

@@ -151,7 +151,7 @@ def write_source(folder, train_tokens=65_536, held_out=65_536):
             text = bytes(ord("a") + i for i in x)
             splits[name] = prepare.write_split(new / f"{name}.bin", coder, [(0, text)], size)
         meta = {"format": prepare.FORMAT, "version": prepare.VERSION, "dataset": "source", "dtype": coder.dtype.name,
-                "command": f"python notebooks/why.py source {folder}", "splits": splits, "tokenizer": coder.to_dict()}
+                "command": f"python notebooks/why.py source {folder}", "splits": splits, "tokenizer": coder.spec}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

@@ -145,13 +145,13 @@ def test_long_runs_do_not_overflow_the_matcher(tokenizers):
 @pytest.mark.parametrize("kind", prepare.KINDS)
 def test_tokenizer_through_json(tokenizers, kind, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small_gpt2())
-    again = Tokenizer.from_dict(json.loads(json.dumps(tokenizers[kind].to_dict())))
+    again = Tokenizer(json.loads(json.dumps(tokenizers[kind].spec)))
     assert again.pieces == tokenizers[kind].pieces and again.kind == kind
     assert (again.encode(SAMPLE) == tokenizers[kind].encode(SAMPLE)).all()
 
 
 def test_nonsense_is_no_tokenizer(tokenizers):
-    bpe = tokenizers["bpe"].to_dict()
+    bpe = tokenizers["bpe"].spec
     for nonsense in (None, [], {}, {"kind": "word"}, {"kind": "char"}, {"kind": "char", "characters": ""},
                      {"kind": "char", "characters": "ba"}, {"kind": "char", "characters": "aa"},
                      {"kind": "char", "characters": 7}, {"kind": "char", "characters": "\ud800"},
@@ -159,7 +159,7 @@ def test_nonsense_is_no_tokenizer(tokenizers):
                      bpe | {"tokens": [*bpe["tokens"], "€"]}, bpe | {"tokens": [1]}, bpe | {"pattern": "("},
                      bpe | {"pattern": None}):
         with pytest.raises(DataError):
-            Tokenizer.from_dict(nonsense)
+            Tokenizer(nonsense)
 
 
 def test_gpt2_without_a_network_names_the_remedy(monkeypatch, tmp_path, capsys):
@@ -392,10 +392,12 @@ def test_a_vocabulary_that_the_text_cannot_fill(tmp_path, capsys):
     assert load(tmp_path / "x").tokenizer.vocab_size < 270 and "5000" in capsys.readouterr().out
 
 
-def test_data_dir():
-    assert prepare.data_dir() == Path(f"data/sotu-bpe{prepare.DEFAULT_VOCAB_SIZE}")
-    assert prepare.data_dir("c4", "gpt2") == Path("data/c4-gpt2")
-    assert prepare.data_dir("sotu", "char", 9) == Path("data/sotu-char")
+def test_without_a_folder_named_it_says_what_is_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("\n\n".join(corpus(200)))
+    prepare.prepare(inputs=["my.txt"], tokenizer="char")
+    prepare.prepare(inputs=["my.txt"], vocab_size=300)
+    assert sorted(path.name for path in Path("data").iterdir()) == ["input-my-bpe300", "input-my-char"]
 
 
 # ----- bad input, through the real command line

@@ -342,7 +342,7 @@ def runs(documents, tmp_path_factory):
         (folder / name).mkdir()
         save_checkpoint(folder / name / "best.pt", {
             "config": asdict(model.config) | {"dtype": "float32"}, "state": {"step": 7},
-            "tokenizer": documents.tokenizer.to_dict(), "model": model.state_dict()})
+            "tokenizer": documents.tokenizer.spec, "model": model.state_dict()})
     return folder
 
 
@@ -521,6 +521,6 @@ def test_memorised_counts_verbatim_sequences():
 
 def test_a_checkpoint_carries_all_that_sampling_needs(tmp_path, documents):
     model = GPT(GPTConfig("ar", documents.tokenizer.vocab_size, 16, 1, 1, 16))
-    save_checkpoint(tmp_path / "best.pt", {"model": model.state_dict(), "tokenizer": documents.tokenizer.to_dict()})
-    tokenizer = prepare.Tokenizer.from_dict(load_checkpoint(tmp_path / "best.pt")["tokenizer"])
+    save_checkpoint(tmp_path / "best.pt", {"model": model.state_dict(), "tokenizer": documents.tokenizer.spec})
+    tokenizer = prepare.Tokenizer(load_checkpoint(tmp_path / "best.pt")["tokenizer"])
     assert tokenizer.decode(tokenizer.encode("w1a w2b.")) == "w1a w2b."

@@ -454,7 +454,7 @@ def test_the_commands_refuse_a_damaged_checkpoint_in_a_line_or_two(whole, tmp_pa
 
 @pytest.mark.parametrize("change, named", [
     (lambda content: content.pop("optimizers"), "optimizer"),
-    (lambda content: content["config"].pop("eval_passes"), "eval_passes")], ids=["copy of best.pt", "older flags"])
+    (lambda content: content["config"].pop("final_passes"), "final_passes")], ids=["copy of best.pt", "older flags"])
 def test_a_sound_checkpoint_that_nothing_can_go_on_from_is_refused(whole, tmp_path, monkeypatch, change, named):
     shutil.copytree(whole()[1] / RUN, tmp_path / RUN)
     monkeypatch.chdir(tmp_path)
@@ -493,7 +493,7 @@ NUMBERS[float] = st.floats(0, 2) | st.floats() | NUMBERS[int] | st.sampled_from(
 WORDS = st.sampled_from(["", "-", "=", "1_000", "0x10", "\u0663", "1,5", " 7 ", "ar", "adamw", "tune", "bfloat16",
                          "auto", "cpu", "meta", "cuda:7", "last", "char", "free land"])
 # Work that grows with a value: the most that a test can wait for. What is endless is refused at once.
-AFFORDABLE = {"epochs": 0.01, "n_layer": 4, "n_embd": 256, "eval_passes": 16, "final_passes": 16, "vocab_size": 400,
+AFFORDABLE = {"epochs": 0.01, "n_layer": 4, "n_embd": 256, "final_passes": 16, "vocab_size": 400,
               "num_samples": 4, "length": 64}
 ENDLESS = 2**64
 

@@ -338,7 +338,7 @@ def test_a_batch_that_can_not_be_shared_is_refused(corpus, tmp_path):
     ({"batch_size": 7}, "batch_size=7"), ({"block_size": 10**6}, "1000000"), ({"lr": -1.0}, "lr=-1"),
     ({"lr": float("nan")}, "lr=nan"), ({"epochs": 0.0}, "epochs=0"), ({"n_head": 3}, "n_head=3"),
     ({"objective": "bert"}, "objective=bert"), ({"optimizer": "sgd"}, "optimizer=sgd"), ({"dropout": 1.5}, "dropout"),
-    ({"eval_passes": 1}, "eval_passes=1"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "tpu!"}, "tpu!"),
+    ({"final_passes": 1}, "final_passes=1"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "tpu!"}, "tpu!"),
     ({"device": "meta"}, "meta"),
     ({"unknown": 1}, "unknown"), ({"hide": 0.1}, "hide=0.1"),
     ({"objective": "ar", "replace": 1.1}, "replace=1.1"),
