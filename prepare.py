@@ -295,8 +295,11 @@ def replacing(folder):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load(folder):
-    """Open a prepared folder as Data. Raises DataError unless every id is there as prepare() wrote it."""
+def load(folder, sha256=None):
+    """Open a prepared folder as Data. Raises DataError unless every id is there as prepare() wrote it.
+
+    sha256: the fingerprint it must have, where it is to be the data of a run.
+    """
     folder = Path(folder)
     meta = read_meta(folder)
     command = meta.get("command") or f"python prepare.py --out={shlex.quote(str(folder))}"
@@ -309,7 +312,10 @@ def load(folder):
             raise ValueError("ids do not have their SHA-256")
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise DataError(f"{folder} is damaged ({error}): run `{command}` or name another folder") from error
-    return Data(meta, tokenizer, splits)
+    data = Data(meta, tokenizer, splits)
+    if sha256 not in (None, fingerprint(data)):
+        raise DataError(f"{folder} is not the data that this run was trained on: prepare that again")
+    return data
 
 
 def fingerprint(data):

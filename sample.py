@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 
 from model import UserError, choose_device, conditional_nll, load_checkpoint, model_from_checkpoint, precision
-from prepare import DataError, Tokenizer, fingerprint, load
+from prepare import DataError, Tokenizer, load
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -187,8 +187,7 @@ def multiple_choice(model, asked):
 
 def probe(model, config, ids, context):
     """Print the two measurements of --probe for a model and its samples ids (B, L)."""
-    if fingerprint(data := load(config["data"])) != config["data_sha256"]:
-        raise UserError(f"{config['data']} is not the data that this run was trained on: prepare that again")
+    data = load(config["data"], config["data_sha256"])
     asked = questions(data, config["split"], config["block_size"])
     with context:
         right, interval = multiple_choice(model, asked)

@@ -223,9 +223,7 @@ def open_data(config):
         print(f"{folder} is not there yet: preparing the default corpus")
         size = default.split("bpe")[1]
         prepare.prepare(vocab_size=int(size), out=folder, command=f"python prepare.py --vocab_size={size}")
-    data = prepare.load(folder)
-    if config.setdefault("data_sha256", sha := prepare.fingerprint(data)) != sha:
-        raise UserError(f"{folder} is not the data that this run was trained on: prepare that again")
+    data = prepare.load(folder, config.get("data_sha256"))
     there, U = len(data.splits["train"]), config["unique_tokens"] or len(data.splits["train"])
     if U > there:
         raise UserError(f"--unique_tokens={U}: {folder} has {there:,} training tokens; ask for fewer, or 0 for all")
@@ -252,9 +250,10 @@ def describe(config, data, tokens, blocks, model):
     U, B, T = len(tokens), config["batch_size"], config["block_size"]
     steps = max(1, round(config["epochs"] * (U // T) / B))
     return config | {
-        "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size, "parameters": model.num_params(), "steps": steps,
-        "flops": 6 * model.num_params() * steps * B * T, "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,
-        "unigram_entropy": -(p * p.log()).sum().item(), **size_of(blocks, data),
+        "data_sha256": prepare.fingerprint(data), "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size,
+        "parameters": model.num_params(), "steps": steps, "flops": 6 * model.num_params() * steps * B * T,
+        "critical_flops": 2.12e15 * (U / 1e6) ** 2.174, "unigram_entropy": -(p * p.log()).sum().item(),
+        **size_of(blocks, data),
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}}
 

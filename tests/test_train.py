@@ -372,7 +372,7 @@ def test_resume_refuses_other_flags_and_other_data(corpus, tmp_path):
     with pytest.raises(UserError, match=r"--lr=0.5 \(the run has 0.01\), --seed=3 \(the run has 1\)"):
         train.reopen(tmp_path / "run", {"lr": 0.5, "seed": 3, "epochs": 0.5})
     settings, saved = train.reopen(tmp_path / "run", {})
-    with pytest.raises(UserError, match="not the data"):
+    with pytest.raises(prepare.DataError, match="not the data"):
         train.train(settings | {"data_sha256": "0" * 64}, saved)
 
 
@@ -386,9 +386,9 @@ def test_a_change_of_the_held_out_text_alone_is_noticed_too(corpus, tmp_path):
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
     meta["splits"]["val"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="not the data"):
+    with pytest.raises(prepare.DataError, match="not the data"):
         train.train(*train.reopen(tmp_path / "run", {}))
-    with pytest.raises(UserError, match="not the data"):
+    with pytest.raises(prepare.DataError, match="not the data"):
         train.score_again(tmp_path / "run", {})
 
 
