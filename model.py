@@ -283,11 +283,12 @@ def standard_error(loss, k):
 
 
 @torch.no_grad()
-def conditional_nll(model, x, target):
+def conditional_nll(model, x, target, rank=None):
     """-log p(target tokens | the other tokens) in nats, (B,), by the chain rule from left to right over the targets.
 
-    x: (B, T) token ids; target: (B, T) bool. Diffusion: any positions, one network pass per target token. AR: only a
-    suffix of the block, as it can not see what follows; ValueError otherwise.
+    x: (B, T) token ids; target: (B, T) bool. Diffusion: any positions, one network pass per target token; rank (B, T),
+    0 at the first target of a row, 1 at the second, ..., is another order to reveal them in. AR: only a suffix of the
+    block, as it can not see what follows; ValueError otherwise.
     """
     if model.config.objective == "ar":
         if (target[:, :-1] & ~target[:, 1:]).any():
@@ -295,12 +296,12 @@ def conditional_nll(model, x, target):
         past = F.pad(x[:, :-1], (1, 0), value=model.config.vocab_size)  # [AR]
         nll = F.cross_entropy(model.logits(past).transpose(1, 2), x, reduction="none")  # (B, T)
         return (nll.double() * target).sum(1)
-    rank = target.long().cumsum(1) - 1  # (B, T): 0 at the first target of a row, 1 at the second, ...
+    rank = target.long().cumsum(1) - 1 if rank is None else rank  # (B, T)
     total = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     for j in range(int(target.sum(1).max())):  # [DIFFUSION] targets before the j-th are seen, it and later ones hidden
-        rows, places = (target & (rank == j)).nonzero(as_tuple=True)  # of the rows that have a j-th target
-        h = model.hidden(x.masked_fill(target & (rank >= j), model.config.vocab_size))[rows, places]  # (rows, C)
-        total[rows] += F.cross_entropy(model.head(h), x[rows, places], reduction="none").double()
+        now = (target & (rank == j)).flatten().nonzero().squeeze(1)  # (M,) of the rows that have a j-th target
+        h = model.hidden(x.masked_fill(target & (rank >= j), model.config.vocab_size), keep=now)  # (M, C)
+        total[now // x.shape[1]] += F.cross_entropy(model.head(h), x.flatten()[now], reduction="none").double()
     return total
 
 

@@ -324,6 +324,10 @@ def test_chain_rule_equals_brute_force_and_sums_to_one():
     assert torch.exp(-4 * nll).sum().item() == pytest.approx(1)
     ar = tiny("ar", T=4)
     assert torch.allclose(chain_rule_nll(ar, every), ar(every).double())
+    ranks = torch.tensor([[order.index(i) for i in range(4)] for order in itertools.permutations(range(4))])
+    for x in every[[7, 50]]:  # and in all 24 orders, in each of which the token of rank 0 is revealed first
+        nll = conditional_nll(model, x.expand(24, -1), ranks >= 0, ranks)
+        assert torch.allclose(nll, 4 * any_order_losses(model, x))
 
 
 def test_conditional_equals_enumeration():

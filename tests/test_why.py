@@ -106,3 +106,21 @@ def test_the_source_is_as_its_entropy_says(tmp_path):
     nll = why.source_nll(p, x)
     assert abs(nll.mean() - why.block_entropy(p, 32)) < 4 * nll.std() / len(nll) ** 0.5
     assert (data.splits["val"][:4096] != data.splits["train"]).mean() > 0.5
+
+
+def test_mixture_scores_the_best_network_in_random_orders_and_an_ar_network_in_its_own(tmp_path, capsys):
+    why.write_source(tmp_path / "source", 4096, 4096)
+    for objective, K in (("diffusion", 5), ("ar", 0)):
+        config = train.make_config("laptop", objective=objective, data=str(tmp_path / "source"), n_layer=1, n_head=1,
+                                   n_embd=16, block_size=8, batch_size=8, unique_tokens=1024, epochs=0.3, device="cpu",
+                                   dtype="float32", eval_blocks=70, out=str(tmp_path / objective))
+        train.train(config)
+        found = why.mixture(config["out"], 5, N=40)
+        model = train.model_from_checkpoint(train.load_checkpoint(tmp_path / objective / "best.pt"))
+        blocks = train.open_data(config | {"eval_blocks": 40})[2]
+        assert found["left"] == pytest.approx((8 * train.chain_rule_nll(model, blocks)).tolist(), abs=1e-3)
+        assert np.shape(found["orders"]) == ((5, 40) if K else (0,))
+        assert len({tuple(nll) for nll in [found["left"], *found["orders"]]}) == K + 1
+        if K:
+            bound, error = train.evaluate(model, blocks, 200)
+            assert abs(np.mean(found["orders"]) / 8 - bound) < 0.02 + 3 * error
