@@ -124,6 +124,12 @@ STUDIES = {
         "ar": "--objective=ar --epochs=16", "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2",
         "diffusion": "--objective=diffusion --epochs=800 --dropout=0.3",
     }.items()},
+    # where diffusion comes closest to the best AR, on val: the fewest characters, the settings chosen on tune
+    "char1k": {f"{name}-s{seed}": "--preset=laptop --data=data/sotu-char --unique_tokens=1024 --batch_size=8 "
+               f"--seed={seed} {flags}" for seed in (1, 2, 3) for name, flags in {
+        "ar": "--objective=ar --epochs=192 --lr=0.0005", "ar-tuned": "--objective=ar --epochs=96 --replace=0.15",
+        "diffusion": "--objective=diffusion --epochs=800 --lr=0.001 --dropout=0.3",
+    }.items()},
     # notebook 04: AR on N fixed orders; diffusion under M fixed masks a block (0: fresh ones)
     "why": {f"orders{n}": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "
             "--epochs=64" for n in (1, 2, 4, 8, 16, 64)} |

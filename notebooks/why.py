@@ -165,7 +165,8 @@ def mixture(run, K, N=64):
     of p over them, which is under the mean of -log p, the bound; with K of the orders it still comes out too high. An
     AR network knows one order only. Raises UserError or DataError where train.py would.
     """
-    config, saved = train.reopen(run, {}, "best.pt")
+    saved = train.load_checkpoint(Path(run) / "best.pt")
+    config = saved["config"]
     device, dtype, _ = train.choose_device(config["device"], config["dtype"])
     blocks = train.open_data(config | {"eval_blocks": N})[2]
     model, rng = train.model_from_checkpoint(saved).to(device), np.random.default_rng(1)
