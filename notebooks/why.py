@@ -159,11 +159,12 @@ def write_source(folder, train_tokens=65_536, held_out=65_536):
 
 
 def mixture(run, K, N=64):
-    """-log p of N held-out blocks in nats under a run's best network: from left to right, and in K random orders.
+    """-log p in nats of each of N held-out blocks under a run's best network: from left to right, in K random orders.
 
-    To reveal tokens one by one in a random order is to draw from a mixture over orders. Its -log p is that of the mean
-    of p over them, which is under the mean of -log p, the bound; with K of the orders it still comes out too high. An
-    AR network knows one order only. Raises UserError or DataError where train.py would.
+    To reveal tokens one by one in a random order, as the exact sampler does in a text of one block, is to draw from a
+    mixture over orders. Its -log p is that of the mean of p over them, which is under the mean of -log p, the bound;
+    with K of the orders it still comes out too high. An AR network knows one order only, and has no others. Returns a
+    dict: left (N numbers), orders (K lists of N). Raises UserError or DataError where train.py would.
     """
     saved = train.load_checkpoint(Path(run) / "best.pt")
     config = saved["config"]
