@@ -20,7 +20,7 @@ ratios within a repeat. Its columns:
   dif/AR   time of a diffusion step over that of an AR step, otherwise alike
 
 The line `floor` does of the AR step above it only what no code can leave out that uses PyTorch's kernels (see
-floor_step): no norm, rotation, dropout or loss. Its `x ref` is the most that could be gained on this machine.
+floor_step): no RMSNorm, rotation, dropout or loss. Its `x ref` is the most that could be gained on this machine.
 
 The reference is written here as one would first write it: a GPT-2 with LayerNorm, GELU and learned positions, logits
 for every position, windows copied from a memory map at random places, AdamW with a Python loop over the parameters.

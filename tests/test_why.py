@@ -108,7 +108,7 @@ def test_the_source_is_as_its_entropy_says(tmp_path):
     assert (data.splits["val"][:4096] != data.splits["train"]).mean() > 0.5
 
 
-def test_mixture_scores_the_best_network_in_random_orders_and_an_ar_network_in_its_own(tmp_path, capsys):
+def test_mixture_scores_the_best_network_in_random_orders_and_an_ar_network_in_its_own(tmp_path):
     why.write_source(tmp_path / "source", 4096, 4096)
     for objective, K in (("diffusion", 5), ("ar", 0)):
         config = train.make_config("laptop", objective=objective, data=str(tmp_path / "source"), n_layer=1, n_head=1,
