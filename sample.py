@@ -304,12 +304,13 @@ def generate(args, folder):
            "generator": torch.Generator(device).manual_seed(args.seed)}
     began = time.perf_counter()
     if model.config.objective == "ar":
-        ids, when = sample_ar(model, ids, length, **how)  # [AR]
+        order, (ids, when) = "left", sample_ar(model, ids, length, **how)  # [AR]
     else:
-        ids, when = sample_diffusion(model, ids, length, args.steps, args.order or "random", **how)  # [DIFFUSION]
+        order = args.order or "random"
+        ids, when = sample_diffusion(model, ids, length, args.steps, order, **how)  # [DIFFUSION]
     ids, when, seconds = ids.cpu(), when.cpu(), time.perf_counter() - began  # in this order: the first waits for a GPU
-    record = {name: getattr(args, name) for name in ("checkpoint", "prompt", "infill", "order", "device", *NUMBERS)} | {
-        "run": str(folder), "objective": model.config.objective, "parameters": model.num_params(),
+    record = {name: getattr(args, name) for name in ("checkpoint", "prompt", "infill", "device", *NUMBERS)} | {
+        "run": str(folder), "order": order, "objective": model.config.objective, "parameters": model.num_params(),
         "step": saved["state"]["step"], "length": ids.shape[1], "seconds": seconds,
         "network_evaluations": int(when.max()), "tokens_per_second": int((when > 0).sum()) / seconds,
         "samples": [tokenizer.decode(row) for row in ids.numpy()]}

@@ -93,8 +93,9 @@ def make_config(preset=None, **given):
     if preset is None:
         device = given.get("device", "auto")
         preset = "gpu" if device.startswith("cuda") or device == "auto" and torch.cuda.is_available() else "laptop"
-    for name in sorted(set(given) - set(FLAGS)):
-        raise UserError(f"unknown setting {name!r}: see python train.py --help")
+    if preset not in ("laptop", "gpu") or set(given) - set(FLAGS):
+        unknown = min(set(given) - set(FLAGS), default=f"preset={preset}")
+        raise UserError(f"unknown setting {unknown!r}: see python train.py --help")
     config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
     for name, (kind, _, _, allowed, _) in FLAGS.items():
         value = config[name]

@@ -5,7 +5,8 @@
     python notebooks/why.py reveal 1 --objective=diffusion --epochs=64  diffusion that hides ends of 1 order: suffixes
     python notebooks/why.py attention --objective=ar --dropout=0.2      AR with its dropout in the attention alone
     python notebooks/why.py source data/source                          write a corpus of a known Markov source
-    python notebooks/why.py mixture out/diffusion 8                     how loose the bound of a run is, with 8 orders
+    python notebooks/why.py mixture out/diffusion 8                     how loose the bound of a run is, with 8 orders;
+                                                                        on its own split, or on val: add `val`
 
 All other flags are train.py's.
 """
@@ -158,16 +159,17 @@ def write_source(folder, train_tokens=65_536, held_out=65_536):
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def mixture(run, K, N=64):
+def mixture(run, K, split=None, N=64):
     """-log p in nats of each of N held-out blocks under a run's best network: from left to right, in K random orders.
 
     To reveal tokens one by one in a random order, as the exact sampler does in a text of one block, is to draw from a
     mixture over orders. Its -log p is that of the mean of p over them, which is under the mean of -log p, the bound;
-    with K of the orders it still comes out too high. An AR network knows one order only, and has no others. Returns a
-    dict: left (N numbers), orders (K lists of N). Raises UserError or DataError where train.py would.
+    with K of the orders it still comes out too high. An AR network knows one order only, and has no others. split: val
+    or tune, or None for the run's own. Returns a dict: left (N numbers), orders (K lists of N). Raises UserError or
+    DataError where train.py would.
     """
     saved = train.load_checkpoint(Path(run) / "best.pt")
-    config = saved["config"]
+    config = saved["config"] | ({"split": split} if split else {})
     device, dtype, _ = train.choose_device(config["device"], config["dtype"])
     blocks = train.open_data(config | {"eval_blocks": N})[2]
     model, rng = train.model_from_checkpoint(saved).to(device), np.random.default_rng(1)
@@ -187,12 +189,12 @@ def main():
     words = list(itertools.takewhile(lambda word: not word.startswith("--"), sys.argv[1:]))
     given = sys.argv[1 + len(words):]
     match words:
-        case ["source", _] | ["mixture", _, _] if not given:
+        case ["source", _] | ["mixture", _, _] | ["mixture", _, _, "val" | "tune"] if not given:
             try:
                 if words[0] == "source":
                     write_source(Path(words[1]))
                 else:
-                    print(json.dumps(mixture(words[1], int(words[2]))))
+                    print(json.dumps(mixture(words[1], int(words[2]), *words[3:])))
             except (UserError, ValueError, prepare.DataError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2

@@ -380,13 +380,13 @@ def test_json_has_all_that_made_the_samples(runs, capsys):
     first, again = (json.loads(say(capsys, "--run", runs / "diffusion", *how)) for _ in range(2))
     assert first["samples"] == again["samples"] and len(first["samples"]) == 2
     assert all(text.startswith("w1a") for text in first["samples"])
-    for name, value in {"objective": "diffusion", "seed": 5, "steps": 4, "top_p": 0.9, "length": 40, "step": 7,
-                        "num_samples": 2, "prompt": "w1a", "temperature": 1.0, "checkpoint": "best"}.items():
+    for name, value in {"objective": "diffusion", "order": "random", "seed": 5, "steps": 4, "top_p": 0.9, "length": 40,
+                        "num_samples": 2, "prompt": "w1a", "temperature": 1.0, "checkpoint": "best", "step": 7}.items():
         assert first[name] == value
     assert 2 <= first["network_evaluations"] <= 8 and first["seconds"] > 0  # two windows of at most four passes
     assert first["tokens_per_second"] == pytest.approx(2 * 37 / first["seconds"])
     both = say(capsys, "--compare", runs / "ar", runs / "diffusion", *how).splitlines()
-    assert [json.loads(line)["objective"] for line in both] == ["ar", "diffusion"]
+    assert [(r["objective"], r["order"]) for r in map(json.loads, both)] == [("ar", "left"), ("diffusion", "random")]
     assert json.loads(both[0])["network_evaluations"] == 37 and json.loads(both[1])["samples"] == first["samples"]
 
 

@@ -349,6 +349,11 @@ def test_wrong_settings_are_named(corpus, tmp_path, given, named):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_preset_that_is_none_is_named():
+    with pytest.raises(UserError, match="preset=labtop"):
+        train.make_config("labtop")
+
+
 def test_errors_reach_the_person_without_a_traceback(corpus, tmp_path):
     settings = flags(SMALL | {"data": corpus, "epochs": 1})
     for args, named in ((["--unique_tokens=99999999"], "99999999"), (["--resume=nowhere"], "nowhere"),

@@ -120,6 +120,10 @@ def test_mixture_scores_the_best_network_in_random_orders_and_an_ar_network_in_i
         blocks = train.open_data(config | {"eval_blocks": 40})[2]
         assert found["left"] == pytest.approx((8 * train.chain_rule_nll(model, blocks)).tolist(), abs=1e-3)
         assert np.shape(found["orders"]) == ((5, 40) if K else (0,))
+        other = why.mixture(config["out"], 0, "tune", N=40)  # other text than the run's own
+        blocks = train.open_data(config | {"eval_blocks": 40, "split": "tune"})[2]
+        assert other["left"] == pytest.approx((8 * train.chain_rule_nll(model, blocks)).tolist(), abs=1e-3)
+        assert (found["split"], other["split"]) == ("val", "tune")
         assert len({tuple(nll) for nll in [found["left"], *found["orders"]]}) == K + 1
         if K:
             bound, error = train.evaluate(model, blocks, 200)
