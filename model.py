@@ -182,17 +182,18 @@ class GPT(nn.Module):
         """The objective: -log p of each block, (B,) in nats per token. Its mean is the training loss.
 
         x: (B, T) token ids in 0..V-1. mask (diffusion only): (B, T) bool, True where hidden, at least one a row; index:
-        (M,) positions of its True values in the flattened mask, given so that a GPU need not wait for a count. seen (AR
-        only): (B, T) what the network reads in place of x, ids in 0..V; position: see hidden.
+        (M,) positions of its True values in the flattened mask, given so that a GPU need not wait for a count. seen:
+        (B, T) what the network reads in place of x, ids in 0..V; position: see hidden.
         """
         B, T = x.shape
         V = self.config.vocab_size
+        seen = x if seen is None else seen
         if self.config.objective == "ar":
-            past = F.pad((x if seen is None else seen)[:, :-1], (1, 0), value=V)  # [AR] the start, all but the last
+            past = F.pad(seen[:, :-1], (1, 0), value=V)  # [AR] the start symbol, and all tokens but the last
             nll = self.nll(self.hidden(past, position).flatten(0, 1), x.flatten())  # (B T,)
             return nll.view(B, T).mean(1)  # [AR] every token is scored
         index = mask.flatten().nonzero().squeeze(1) if index is None else index  # (M,)
-        h = self.hidden(x.masked_fill(mask, V), keep=index)  # [DIFFUSION] (M, C): masked tokens only
+        h = self.hidden(seen.masked_fill(mask, V), keep=index)  # [DIFFUSION] (M, C): masked tokens only
         nll = self.nll(h, x.flatten()[index])  # (M,)
         row = index // T
         return nll.new_zeros(B).index_add(0, row, nll / mask.sum(1)[row])  # [DIFFUSION] mean over the k of each block

@@ -42,7 +42,7 @@ FLAGS = {
     "weight_decay": (float, 0.1, 0.1, 0, "decoupled, on the matrices and the embedding"),
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
     "hide": (float, 0.0, 0.0, 0, "ar: share of the tokens it reads that are hidden, behind the start symbol"),
-    "replace": (float, 0.0, 0.0, 0, "ar: share of the tokens it reads that are replaced by random ones"),
+    "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, 12, ... epochs"),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all of it"),
     "final_passes": (int, 24, 8, 2, "masks drawn for every block after the last step (diffusion); before it, 2"),
@@ -105,9 +105,9 @@ def make_config(preset=None, **given):
             raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
     if config["batch_size"] % 2:
         raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
-    if (noise := config["hide"] + config["replace"]) > 1 or noise and config["objective"] != "ar":
-        raise UserError(f"--hide={config['hide']} --replace={config['replace']}: shares of what an AR model reads, "
-                        "together at most 1; diffusion hides tokens anyway")
+    if config["hide"] + config["replace"] > 1 or config["hide"] and config["objective"] != "ar":
+        raise UserError(f"--hide={config['hide']} --replace={config['replace']}: shares of what a network reads, "
+                        "together at most 1; and diffusion hides tokens anyway")
     return {"preset": preset} | config
 
 
@@ -141,22 +141,23 @@ def send(x, device):
 def get_batch(config, tokens, step, rows=slice(None)):
     """What a step learns from, as arguments of GPT.forward, on the device of tokens (U,): blocks (B, T) and more.
 
-    Diffusion gets masks and their index, AR what it reads if some of that is to be hidden or replaced. rows: the part
-    of the batch that is wanted, from an even row to an even row.
+    Diffusion gets masks and their index; either gets what it reads, if some of that is to be hidden or replaced. rows:
+    the part of the batch that is wanted, from an even row to an even row.
     """
     seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
     start = send(torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]), tokens.device)  # (B,)
     x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
+    batch = {"x": x}  # [AR]
     if config["objective"] == "diffusion":
         mask = draw_mask(B, T, torch.Generator().manual_seed(derive(seed, "mask", step)))[rows]  # [DIFFUSION]
         index = mask.flatten().nonzero().squeeze(1)  # counted on the CPU, where that costs no waiting
-        return {"x": x, "mask": send(mask, x.device), "index": send(index, x.device)}
-    if not config["hide"] + config["replace"]:
-        return {"x": x}  # [AR]
-    V, rng = config["vocab_size"], np.random.default_rng(derive(seed, "noise", step))
-    u, other = (send(torch.from_numpy(a[rows]), x.device) for a in (rng.random((B, T)), rng.integers(V, size=(B, T))))
-    seen = torch.where(u < config["hide"], V, torch.where(u > 1 - config["replace"], other, x))
-    return {"x": x, "seen": seen}  # [AR]
+        batch |= {"mask": send(mask, x.device), "index": send(index, x.device)}
+    if config["hide"] + config["replace"]:
+        V, rng = config["vocab_size"], np.random.default_rng(derive(seed, "noise", step))
+        noise = rng.random((B, T)), rng.integers(V, size=(B, T))
+        u, other = (send(torch.from_numpy(values[rows]), x.device) for values in noise)
+        batch["seen"] = torch.where(u < config["hide"], V, torch.where(u > 1 - config["replace"], other, x))
+    return batch
 
 
 def compiled(model, batch, device, dtype):

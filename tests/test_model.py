@@ -230,6 +230,15 @@ def test_a_124M_network_on_32_blocks_of_1024_fits_a_card_of_24_GB(objective):
     assert activations + weights + logits < 24 * 2**30
 
 
+def test_diffusion_may_read_other_tokens_than_it_predicts():
+    model = tiny("diffusion")
+    V, T = model.config.vocab_size, model.config.block_size
+    x, seen, mask = torch.randint(V, (4, T)), torch.randint(V, (4, T)), torch.rand(4, T) < 0.5
+    mask[:, 0] = True
+    nll = F.cross_entropy(model.logits(seen.masked_fill(mask, V)).transpose(1, 2), x, reduction="none")
+    assert torch.allclose(model(x, mask, seen=seen), (nll * mask).sum(1) / mask.sum(1))
+
+
 def test_an_ar_model_may_read_other_tokens_than_it_predicts_and_in_another_order():
     model = tiny("ar")
     V, T = model.config.vocab_size, model.config.block_size

@@ -85,21 +85,23 @@ def test_both_objectives_meet_the_same_weights_and_batches(corpus):
         assert not torch.equal(mask, train.get_batch(config(corpus), tokens, step + 1)["mask"])
 
 
-def test_what_an_ar_model_reads_is_hidden_and_replaced_in_the_shares_asked_for(corpus):
-    tokens, settings = torch.arange(1000) % 50, {"objective": "ar", "hide": 0.1, "replace": 0.3, "batch_size": 32}
-    c = config(corpus, **settings) | {"vocab_size": 50}
+@pytest.mark.parametrize("settings", [{"objective": "ar", "hide": 0.1}, {"objective": "diffusion"}])
+def test_what_a_network_reads_is_hidden_and_replaced_in_the_shares_asked_for(corpus, settings):
+    tokens = torch.arange(1000) % 50
+    c = config(corpus, replace=0.3, batch_size=32, **settings) | {"vocab_size": 50}
     hidden, changed = 0.0, 0.0
     for step in range(40):
-        x, seen = train.get_batch(c, tokens, step).values()
-        assert torch.equal(x, train.get_batch(c | {"hide": 0, "replace": 0}, tokens, step)["x"])
+        given, clean = (train.get_batch(settings, tokens, step) for settings in (c, c | {"hide": 0, "replace": 0}))
+        x, seen = given["x"], given.pop("seen")
+        assert given.keys() == clean.keys() and all(torch.equal(given[name], clean[name]) for name in clean)
         hidden += (seen == 50).double().mean().item() / 40
         changed += ((seen != 50) & (seen != x)).double().mean().item() / 40
-    assert abs(hidden - 0.1) < 0.01 and abs(changed - 0.3 * 49 / 50) < 0.015  # 5 standard errors
+    assert abs(hidden - c["hide"]) < 0.01 and abs(changed - 0.3 * 49 / 50) < 0.015  # 5 standard errors
 
 
 def test_the_parts_of_a_batch_are_the_batch(corpus):
     tokens = torch.arange(1000) % 50
-    for given in ({"objective": "diffusion"}, {"objective": "ar"}, {"objective": "ar", "replace": 0.5}):
+    for given in ({"objective": "diffusion", "replace": 0.5}, {"objective": "ar"}, {"objective": "ar", "hide": 0.5}):
         c = config(corpus, **given) | {"vocab_size": 50}
         whole = train.get_batch(c, tokens, 3)
         parts = [train.get_batch(c, tokens, 3, slice(i, i + 2)) for i in range(0, 8, 2)]
