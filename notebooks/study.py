@@ -85,8 +85,12 @@ STUDIES = {
                 "ar-e192-lr.001-d.2-replace.15": "ar --epochs=192 --lr=0.001 --dropout=0.2 --replace=0.15",
                 "ar-e96-replace.3": "ar --epochs=96 --replace=0.3",
                 "ar-e96-d.2-replace.3": "ar --epochs=96 --dropout=0.2 --replace=0.3",
+                "ar-e192-d.2-replace.3": "ar --epochs=192 --dropout=0.2 --replace=0.3",
                 "diffusion-e800-lr.001-d.3": "diffusion --epochs=800 --lr=0.001 --dropout=0.3",
-                "diffusion-e1600-d.3": "diffusion --epochs=1600 --dropout=0.3"},
+                "diffusion-e800-lr.001-d.3-replace.2": "diffusion --epochs=800 --lr=0.001 --dropout=0.3 --replace=0.2",
+                "diffusion-e1600-d.3": "diffusion --epochs=1600 --dropout=0.3",
+                "diffusion-e1600-lr.001-d.3-replace.2":
+                "diffusion --epochs=1600 --lr=0.001 --dropout=0.3 --replace=0.2"},
             16: {"diffusion-e800-d.1": "diffusion --epochs=800 --dropout=0.1",
                  "diffusion-e800-d.3": "diffusion --epochs=800 --dropout=0.3",
                  "ar-e12": "ar --epochs=12", "ar-e16": "ar --epochs=16", "ar-e24-lr.001": "ar --epochs=24 --lr=0.001",
@@ -121,6 +125,9 @@ STUDIES = {
             "diffusion-e400-lr.001-d.3": "diffusion --epochs=400 --lr=0.001 --dropout=0.3",
             "diffusion-e400-lr.001-replace.3": "diffusion --epochs=400 --lr=0.001 --replace=0.3",
             "diffusion-e400-lr.001-d.3-replace.1": "diffusion --epochs=400 --lr=0.001 --dropout=0.3 --replace=0.1",
+            "diffusion-e800-lr.001-d.3-replace.1": "diffusion --epochs=800 --lr=0.001 --dropout=0.3 --replace=0.1",
+            "diffusion-e800-lr.001-d.3-replace.2": "diffusion --epochs=800 --lr=0.001 --dropout=0.3 --replace=0.2",
+            "diffusion-e1600-lr.001-d.3-replace.3": "diffusion --epochs=1600 --lr=0.001 --dropout=0.3 --replace=0.3",
             "diffusion-e800-lr.0005-d.3": "diffusion --epochs=800 --lr=0.0005 --dropout=0.3",
             "diffusion-e800-lr.001-d.5": "diffusion --epochs=800 --lr=0.001 --dropout=0.5",
             "diffusion-e400-lr.0005-d.1": "diffusion --epochs=400 --lr=0.0005 --dropout=0.1",
@@ -143,15 +150,17 @@ STUDIES = {
     # where diffusion meets plain AR, on val: characters, the settings chosen on tune
     "char": {f"{name}-s{seed}": f"--preset=laptop --data=data/sotu-char --unique_tokens=16384 --seed={seed} {flags}"
              for seed in (1, 2, 3) for name, flags in {
-        "ar": "--objective=ar --epochs=16", "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2",
+        "ar": "--objective=ar --epochs=16", "ar-tuned": "--objective=ar --epochs=96 --dropout=0.2 --replace=0.2",
         "diffusion": "--objective=diffusion --epochs=800 --dropout=0.3",
     }.items()},
-    # where diffusion comes closest to the best AR, on val: the fewest characters, the settings chosen on tune
-    "char1k": {f"{name}-s{seed}": "--preset=laptop --data=data/sotu-char --unique_tokens=1024 --batch_size=8 "
-               f"--seed={seed} {flags}" for seed in (1, 2, 3) for name, flags in {
-        "ar": "--objective=ar --epochs=192 --lr=0.0005", "ar-tuned": "--objective=ar --epochs=96 --replace=0.15",
-        "diffusion": "--objective=diffusion --epochs=800 --lr=0.001 --dropout=0.3",
-    }.items()},
+    # where it comes closest to the best AR, on val: fewer characters, the settings chosen on tune
+    **{f"char{U // 1024}k": {f"{name}-s{seed}": f"--preset=laptop --data=data/sotu-char --unique_tokens={U} "
+                             f"--batch_size={B} --seed={seed} {flags}" for seed in (1, 2, 3) for name, flags in {
+        "ar": f"--objective=ar {plain}", "ar-tuned": f"--objective=ar {tuned}",
+        "diffusion": f"--objective=diffusion {diffusion} --lr=0.001 --dropout=0.3 --replace=0.2",
+    }.items()} for U, B, plain, tuned, diffusion in (
+        (1024, 8, "--epochs=192 --lr=0.0005", "--epochs=96 --replace=0.3", "--epochs=800"),
+        (4096, 16, "--epochs=64", "--epochs=192 --dropout=0.2 --replace=0.3", "--epochs=1600"))},
     # notebook 04: AR on N fixed orders; diffusion under M fixed masks a block (0: fresh ones)
     "why": {f"orders{n}": f"notebooks/why.py orders {n} --preset=laptop --objective=ar --unique_tokens=16384 "
             "--epochs=64" for n in (1, 2, 4, 8, 16, 64)} |
