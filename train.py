@@ -93,9 +93,10 @@ def make_config(preset=None, **given):
     if preset is None:
         device = given.get("device", "auto")
         preset = "gpu" if device.startswith("cuda") or device == "auto" and torch.cuda.is_available() else "laptop"
-    if preset not in ("laptop", "gpu") or set(given) - set(FLAGS):
-        unknown = min(set(given) - set(FLAGS), default=f"preset={preset}")
-        raise UserError(f"unknown setting {unknown!r}: see python train.py --help")
+    if preset not in ("laptop", "gpu"):
+        raise UserError(f"preset={preset}: choose laptop or gpu")
+    for name in sorted(set(given) - set(FLAGS)):
+        raise UserError(f"unknown setting {name!r}: see python train.py --help")
     config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
     for name, (kind, _, _, allowed, _) in FLAGS.items():
         value = config[name]
@@ -147,7 +148,7 @@ def get_batch(config, tokens, step, rows=slice(None)):
     seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
     start = send(torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]), tokens.device)  # (B,)
     x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
-    batch = {"x": x}  # [AR]
+    batch = {"x": x}  # [AR] no more than this
     if config["objective"] == "diffusion":
         mask = draw_mask(B, T, torch.Generator().manual_seed(derive(seed, "mask", step)))[rows]  # [DIFFUSION]
         index = mask.flatten().nonzero().squeeze(1)  # counted on the CPU, where that costs no waiting
