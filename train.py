@@ -584,4 +584,9 @@ def main(argv=None, batch=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "RANK" in os.environ:  # no tidying up: a thread of Gloo's that does so late aborts the process (PyTorch #190489)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -44,6 +44,8 @@ STUDIES = {
         "e48-d.2-wd3.2": "--epochs=48 --dropout=0.2 --weight_decay=3.2",
         "e96-d.3-wd1.6": "--epochs=96 --dropout=0.3 --weight_decay=1.6",
         "e24-d.2-b8": "--epochs=24 --dropout=0.2 --batch_size=8 --lr=0.0014",
+        "e48-d.1-wd1.6-replace.1": "--epochs=48 --dropout=0.1 --weight_decay=1.6 --replace=0.1",
+        "e48-d.2-wd1.6-replace.1": "--epochs=48 --dropout=0.2 --weight_decay=1.6 --replace=0.1",
     }.items()},
     "search-diffusion": {name: f"--preset=laptop --objective=diffusion --split=tune --epochs=100 {flags}"
                          for name, flags in {
@@ -93,6 +95,8 @@ STUDIES = {
                 "diffusion --epochs=1600 --lr=0.001 --dropout=0.3 --replace=0.2"},
             16: {"diffusion-e800-d.1": "diffusion --epochs=800 --dropout=0.1",
                  "diffusion-e800-d.3": "diffusion --epochs=800 --dropout=0.3",
+                 "diffusion-e1600-lr.001-d.3-replace.2":
+                 "diffusion --epochs=1600 --lr=0.001 --dropout=0.3 --replace=0.2",
                  "ar-e12": "ar --epochs=12", "ar-e16": "ar --epochs=16", "ar-e24-lr.001": "ar --epochs=24 --lr=0.001",
                  "ar-e24-replace.15": "ar --epochs=24 --replace=0.15",
                  "ar-e48-d.2-replace.1": "ar --epochs=48 --dropout=0.2 --replace=0.1",
