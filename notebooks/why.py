@@ -6,7 +6,8 @@
     python notebooks/why.py attention --objective=ar --dropout=0.2      AR with its dropout in the attention alone
     python notebooks/why.py source data/source                          write a corpus of a known Markov source
     python notebooks/why.py mixture out/diffusion 8                     how loose the bound of a run is, with 8 orders;
-                                                                        on its own split, or on val: add `val`
+                                                                        on its own split, or on val: add `val`;
+                                                                        of an AR run: what 8 dropout masks gain
 
 All other flags are train.py's.
 """
@@ -164,9 +165,10 @@ def mixture(run, K, split=None, N=64):
 
     To reveal tokens one by one in a random order, as the exact sampler does in a text of one block, is to draw from a
     mixture over orders. Its -log p is that of the mean of p over them, which is under the mean of -log p, the bound;
-    with K of the orders it still comes out too high. An AR network knows one order only, and has no others. split: val
-    or tune, or None for the run's own. Returns a dict: left (N numbers), orders (K lists of N). Raises UserError or
-    DataError where train.py would.
+    with K of the orders it still comes out too high. An AR network knows one order only, and has no others. One trained
+    with dropout is scored once more with the mean of its predictions over K dropout masks (arXiv 1506.02142): averaged.
+    split: val or tune, or None for the run's own. Returns a dict: left (N numbers), orders (K lists of N), averaged (N
+    numbers, or none). Raises UserError or DataError where train.py would.
     """
     saved = train.load_checkpoint(Path(run) / "best.pt")
     config = saved["config"] | ({"split": split} if split else {})
@@ -174,15 +176,24 @@ def mixture(run, K, split=None, N=64):
     blocks = train.open_data(config | {"eval_blocks": N})[2]
     model, rng = train.model_from_checkpoint(saved).to(device), np.random.default_rng(1)
     left_to_right = np.indices(blocks.shape)[1]  # (N, T): 0 for the token that is revealed first, and so on
-    ranks = [left_to_right] + [rng.permuted(left_to_right, axis=1) for _ in range(K * (config["objective"] != "ar"))]
-    nll = []
+    ar = config["objective"] == "ar"
+    ranks = [left_to_right] + [rng.permuted(left_to_right, axis=1) for _ in range(0 if ar else K)]
+
+    def score(rank):
+        parts = zip(blocks.to(device).split(32), torch.from_numpy(rank).to(device).split(32), strict=True)
+        nll = torch.cat([conditional_nll(model, x, x >= 0, rank) for x, rank in parts])
+        return [round(value, 3) for value in nll.tolist()]
+
     with train.precision(device, dtype):
-        for rank in tqdm(ranks, unit="order", disable=None):
-            parts = zip(blocks.to(device).split(32), torch.from_numpy(rank).to(device).split(32), strict=True)
-            nll.append(torch.cat([conditional_nll(model, x, x >= 0, rank) for x, rank in parts]).tolist())
-    left, *orders = [[round(value, 3) for value in order] for order in nll]
+        left, *orders = [score(rank) for rank in tqdm(ranks, unit="order", disable=None)]
+        averaged = []
+        if ar and config["dropout"] and K:
+            torch.manual_seed(0)
+            single = model.train().logits
+            model.logits = lambda idx: sum(single(idx).softmax(-1) for _ in range(K)).log()  # conditional_nll norms it
+            averaged = score(left_to_right)
     return {"run": run, "command": shlex.join(["python", "notebooks/why.py", *sys.argv[1:]]), "split": config["split"],
-            "block_size": blocks.shape[1], "left": left, "orders": orders}
+            "block_size": blocks.shape[1], "left": left, "orders": orders, "averaged": averaged}
 
 
 def main():

@@ -113,7 +113,7 @@ def test_mixture_scores_the_best_network_in_random_orders_and_an_ar_network_in_i
     for objective, K in (("diffusion", 5), ("ar", 0)):
         config = train.make_config("laptop", objective=objective, data=str(tmp_path / "source"), n_layer=1, n_head=1,
                                    n_embd=16, block_size=8, batch_size=8, unique_tokens=1024, epochs=0.3, device="cpu",
-                                   dtype="float32", eval_blocks=70, out=str(tmp_path / objective))
+                                   dtype="float32", eval_blocks=70, out=str(tmp_path / objective), dropout=0.5)
         train.train(config)
         found = why.mixture(config["out"], 5, N=40)
         model = train.model_from_checkpoint(train.load_checkpoint(tmp_path / objective / "best.pt"))
@@ -128,3 +128,13 @@ def test_mixture_scores_the_best_network_in_random_orders_and_an_ar_network_in_i
         if K:
             bound, error = train.evaluate(model, blocks, 200)
             assert abs(np.mean(found["orders"]) / 8 - bound) < 0.02 + 3 * error
+            assert found["averaged"] == []
+        else:  # the mean of what it predicts under five dropout masks: not that of their losses
+            x = train.open_data(config | {"eval_blocks": 40})[2]
+            past = torch.nn.functional.pad(x[:, :-1], (1, 0), value=model.config.vocab_size)
+            model.train()
+            torch.manual_seed(0)
+            p = [sum(model.logits(part).softmax(-1) for _ in range(5)) / 5 for part in past.split(32)]
+            p = torch.cat(p).gather(2, x[..., None]).squeeze(2)
+            assert found["averaged"] == pytest.approx((-p.log().sum(1)).tolist(), abs=1e-2)
+            assert found["averaged"] != pytest.approx(found["left"], abs=1e-2)
