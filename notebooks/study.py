@@ -53,7 +53,7 @@ STUDIES = {
         "e48": "--epochs=48", "e48-b8": "--epochs=48 --batch_size=8 --lr=0.0014",
         "e400-d.1": "--epochs=400 --dropout=0.1", "e800-d.2": "--epochs=800 --dropout=0.2 --compile",
     }.items()},
-    # the winners of both searches on val , as they stood then; AR's replace.1 came later
+    # the winners of both searches on val, as they stood then; AR's replace.1 came later
     "final": {f"{name}-s{seed}": f"--preset=laptop --seed={seed} {flags}" for seed in (1, 2, 3) for name, flags in {
         "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2 --weight_decay=1.6",
         "diffusion": "--objective=diffusion --epochs=400 --dropout=0.1",
