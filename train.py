@@ -95,8 +95,8 @@ def make_config(preset=None, **given):
         preset = "gpu" if device.startswith("cuda") or device == "auto" and torch.cuda.is_available() else "laptop"
     if preset not in ("laptop", "gpu"):
         raise UserError(f"preset={preset}: choose laptop or gpu")
-    for name in sorted(set(given) - set(FLAGS)):
-        raise UserError(f"unknown setting {name!r}: see python train.py --help")
+    if unknown := set(given) - set(FLAGS):
+        raise UserError(f"unknown setting {min(unknown)!r}: see python train.py --help")
     config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
     for name, (kind, _, _, allowed, _) in FLAGS.items():
         value = config[name]
