@@ -74,6 +74,10 @@ STUDIES = {
         "char-diffusion-e200": "--data=data/sotu-char --objective=diffusion --epochs=200",
         "char-diffusion-e200-d.1": "--data=data/sotu-char --objective=diffusion --epochs=200 --dropout=0.1",
         "u16k-diffusion-e800-d.3": "--unique_tokens=16384 --objective=diffusion --epochs=800 --dropout=0.3",
+        **{f"u16k-c64-ar-{name}": "--unique_tokens=16384 --n_layer=2 --n_head=2 --n_embd=64 --objective=ar "
+           f"{flags}" for name, flags in {
+            "e24": "--epochs=24", "e32-lr.004": "--epochs=32 --lr=0.004", "e32-lr.008": "--epochs=32 --lr=0.008",
+            "e48-lr.004": "--epochs=48 --lr=0.004"}.items()},
         "u128k-ar-e12": "--unique_tokens=131072 --objective=ar --epochs=12",
         "u128k-ar-e24-d.1": "--unique_tokens=131072 --objective=ar --epochs=24 --dropout=0.1",
         "u128k-ar-e48-d.2-wd1.6": "--unique_tokens=131072 --objective=ar --epochs=48 --dropout=0.2 --weight_decay=1.6",
