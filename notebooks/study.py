@@ -46,16 +46,20 @@ STUDIES = {
         "e24-d.2-b8": "--epochs=24 --dropout=0.2 --batch_size=8 --lr=0.0014",
         "e48-d.1-wd1.6-replace.1": "--epochs=48 --dropout=0.1 --weight_decay=1.6 --replace=0.1",
         "e48-d.2-wd1.6-replace.1": "--epochs=48 --dropout=0.2 --weight_decay=1.6 --replace=0.1",
+        "e96-d.2-wd1.6-replace.1": "--epochs=96 --dropout=0.2 --weight_decay=1.6 --replace=0.1",
+        "e96-d.2-wd1.6-replace.2": "--epochs=96 --dropout=0.2 --weight_decay=1.6 --replace=0.2",
     }.items()},
     "search-diffusion": {name: f"--preset=laptop --objective=diffusion --split=tune --epochs=100 {flags}"
                          for name, flags in {
         "e100": "", "e100-lr.004": "--lr=0.004", "e100-d.1": "--dropout=0.1", "e100-wd.4": "--weight_decay=0.4",
         "e48": "--epochs=48", "e48-b8": "--epochs=48 --batch_size=8 --lr=0.0014",
+        "e400-d.1-wd1.6": "--epochs=400 --dropout=0.1 --weight_decay=1.6 --compile",
+        "e400-d.1-replace.1": "--epochs=400 --dropout=0.1 --replace=0.1 --compile",
         "e400-d.1": "--epochs=400 --dropout=0.1", "e800-d.2": "--epochs=800 --dropout=0.2 --compile",
     }.items()},
-    # the winners of both searches on val, as they stood then; AR's replace.1 came later
+    # the winners of both searches on val
     "final": {f"{name}-s{seed}": f"--preset=laptop --seed={seed} {flags}" for seed in (1, 2, 3) for name, flags in {
-        "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2 --weight_decay=1.6",
+        "ar-tuned": "--objective=ar --epochs=48 --dropout=0.2 --weight_decay=1.6 --replace=0.1",
         "diffusion": "--objective=diffusion --epochs=400 --dropout=0.1",
     }.items()},
     # does bf16 change the curve by more than a seed does?
@@ -71,8 +75,8 @@ STUDIES = {
         "u16k-diffusion-e400-d.1": "--unique_tokens=16384 --objective=diffusion --epochs=400 --dropout=0.1",
         "char-ar-e24": "--data=data/sotu-char --objective=ar --epochs=24",
         "char-ar-e48-d.2": "--data=data/sotu-char --objective=ar --epochs=48 --dropout=0.2",
-        "char-diffusion-e200": "--data=data/sotu-char --objective=diffusion --epochs=200",
-        "char-diffusion-e200-d.1": "--data=data/sotu-char --objective=diffusion --epochs=200 --dropout=0.1",
+        "char-diffusion-e200": "--data=data/sotu-char --objective=diffusion --epochs=200 --compile",
+        "char-diffusion-e200-d.1": "--data=data/sotu-char --objective=diffusion --epochs=200 --dropout=0.1 --compile",
         "u16k-diffusion-e800-d.3": "--unique_tokens=16384 --objective=diffusion --epochs=800 --dropout=0.3",
         **{f"u16k-c64-ar-{name}": "--unique_tokens=16384 --n_layer=2 --n_head=2 --n_embd=64 --objective=ar "
            f"{flags}" for name, flags in {
@@ -82,6 +86,10 @@ STUDIES = {
         "u128k-ar-e24-d.1": "--unique_tokens=131072 --objective=ar --epochs=24 --dropout=0.1",
         "u128k-ar-e48-d.2-wd1.6": "--unique_tokens=131072 --objective=ar --epochs=48 --dropout=0.2 --weight_decay=1.6",
         "u128k-diffusion-e300-d.1": "--unique_tokens=131072 --objective=diffusion --epochs=300 --dropout=0.1 --compile",
+        **{f"u256k-{name}": f"--unique_tokens=262144 --objective={flags}" for name, flags in {
+            "ar-e8": "ar --epochs=8", "ar-e12": "ar --epochs=12", "ar-e24-d.1": "ar --epochs=24 --dropout=0.1",
+            "ar-e48-d.1-wd1.6": "ar --epochs=48 --dropout=0.1 --weight_decay=1.6",
+            "diffusion-e150": "diffusion --epochs=150 --compile"}.items()},
         **{f"char{U}k-{name}": f"--data=data/sotu-char --unique_tokens={U * 1024} --objective={flags}" for U, more in {
             4: {"ar-e64": "ar --epochs=64", "ar-e192-d.3": "ar --epochs=192 --dropout=0.3",
                 "ar-e192-d.5": "ar --epochs=192 --dropout=0.5",
@@ -218,7 +226,7 @@ STUDIES = {
 SIZES = {C: f"--n_layer={L} --n_head={C // 64} --n_embd={C}"
          for C, L in {128: 4, 192: 5, 256: 6, 384: 12, 512: 14, 768: 14}.items()}
 # What each arm of "gpu" is. Read gpu-search's logs and write its winners here; until then they are the laptop's.
-WINNERS = {"plain": "--objective=ar", "tuned": "--objective=ar --dropout=0.2 --weight_decay=1.6",
+WINNERS = {"plain": "--objective=ar", "tuned": "--objective=ar --dropout=0.2 --weight_decay=1.6 --replace=0.1",
            "diffusion": "--objective=diffusion --dropout=0.1"}
 
 STUDIES |= {
@@ -233,6 +241,7 @@ STUDIES |= {
             "b16": "--batch_size=16", "wd1.6": "--weight_decay=1.6"},
         "ar": {
             "wd3.2": "--weight_decay=3.2", "d.2": "--dropout=0.2", "d.3": "--dropout=0.3",
+            "e48-d.2-wd1.6-replace.1": "--epochs=48 --dropout=0.2 --weight_decay=1.6 --replace=0.1",
             **{f"e{E}-d{d}-wd{wd}": f"--epochs={E} --dropout=0{d} --weight_decay={wd}"
                for E, d, wd in ((48, ".2", 0.1), (48, ".2", 1.6), (48, ".2", 3.2), (48, ".3", 0.1), (48, ".3", 1.6),
                                 (96, ".3", 1.6), (96, ".3", 3.2))},
@@ -371,27 +380,22 @@ def plot():
     plain, diffusion = ([log for log in laptop.values() if log[0]["objective"] == o] for o in ("ar", "diffusion"))
     tuned = [log for name, log in final.items() if name.startswith("ar")]
     longer = [log for name, log in final.items() if name.startswith("diffusion")]
-    again = json.loads((RESULTS / "search-diffusion-e400-d.1.val.jsonl").read_text().splitlines()[0])
     config, records = diffusion[0]
     scale = records[-1]["flops"] / records[-1]["epoch"]  # FLOPs an epoch
-    tokens = records[-1]["tokens"] / records[-1]["epoch"]
     fig, ax = plt.subplots(figsize=(7, 4.8), layout="constrained")
     for logs, style, shade, label in ((plain, "--", "0", "left to right (exact)"),
                                       (tuned, "-.", "0.45", "left to right, tuned (exact)"),
                                       (diffusion, "-", "0", "diffusion (bound)"),
                                       (longer, "-", "0.45", "diffusion, tuned (bound)")):
-        seeds = "one seed" if len(logs) == 1 else f"{len(logs)} seeds"
         for i, (_, rows) in enumerate(logs):
-            ax.plot(*curve(rows), style, color=shade, lw=1.2, label=None if i else f"{label}, {seeds}")
-    ax.plot(again["step"] * config["batch_size"] * config["block_size"] / tokens, again["loss"], "ks", ms=5,
-            label="diffusion, tuned (bound), another seed: its end")
+            ax.plot(*curve(rows), style, color=shade, lw=1.2, label=None if i else f"{label}, {len(logs)} seeds")
     at = [laws.crossing(curve(ar).T, curve(d).T) for (_, ar), (_, d) in zip(plain, diffusion, strict=True)]
     height = np.mean([np.interp(np.log(e), np.log(curve(d)[0]), curve(d)[1])
                       for e, (_, d) in zip(at, diffusion, strict=True)])
     ax.plot(np.mean(at), height, "o", color="black", mfc="white", ms=9,
             label=f"crossing at equal epochs, near {np.mean(at):.0f}")
-    end = np.mean([again["loss"], *(rows[-1]["best_loss"] for _, rows in longer)])
-    for name, logs, y in (("left to right", plain, 2.9), ("left to right, tuned", tuned, 2.7)):
+    end = np.mean([rows[-1]["best_loss"] for _, rows in longer])
+    for name, logs, y in (("left to right", plain, 2.83), ("left to right, tuned", tuned, 2.66)):
         lowest = np.mean([rows[-1]["best_loss"] for _, rows in logs])
         ax.axhline(lowest, color="0.7", lw=1, zorder=0)
         ax.text(1, y, f"lowest of {name}, {lowest:.3f}: {'' if end < lowest else 'not '}"
