@@ -42,7 +42,6 @@ STUDIES = {
         "e24-replace.15": "--epochs=24 --replace=0.15", "e24-hide.15": "--epochs=24 --hide=0.15",
         "e24-d.2-replace.1": "--epochs=24 --dropout=0.2 --replace=0.1", "e32-d.2": "--epochs=32 --dropout=0.2",
         "e48-d.2-wd3.2": "--epochs=48 --dropout=0.2 --weight_decay=3.2",
-        "e96-d.3-wd1.6": "--epochs=96 --dropout=0.3 --weight_decay=1.6",
         "e24-d.2-b8": "--epochs=24 --dropout=0.2 --batch_size=8 --lr=0.0014",
         "e48-d.1-wd1.6-replace.1": "--epochs=48 --dropout=0.1 --weight_decay=1.6 --replace=0.1",
         "e48-d.2-wd1.6-replace.1": "--epochs=48 --dropout=0.2 --weight_decay=1.6 --replace=0.1",
@@ -75,9 +74,6 @@ STUDIES = {
         "u16k-diffusion-e400-d.1": "--unique_tokens=16384 --objective=diffusion --epochs=400 --dropout=0.1",
         "char-ar-e24": "--data=data/sotu-char --objective=ar --epochs=24",
         "char-ar-e48-d.2": "--data=data/sotu-char --objective=ar --epochs=48 --dropout=0.2",
-        "char-diffusion-e200": "--data=data/sotu-char --objective=diffusion --epochs=200 --compile",
-        "char-diffusion-e200-d.1": "--data=data/sotu-char --objective=diffusion --epochs=200 --dropout=0.1 --compile",
-        "u16k-diffusion-e800-d.3": "--unique_tokens=16384 --objective=diffusion --epochs=800 --dropout=0.3",
         **{f"u16k-c64-ar-{name}": "--unique_tokens=16384 --n_layer=2 --n_head=2 --n_embd=64 --objective=ar "
            f"{flags}" for name, flags in {
             "e24": "--epochs=24", "e32-lr.004": "--epochs=32 --lr=0.004", "e32-lr.008": "--epochs=32 --lr=0.008",
