@@ -1,41 +1,43 @@
-"""One GPT and the two ways to teach it: left to right, or by filling in masks.
+"""One GPT and the two objectives it can learn by: autoregressive, or masked diffusion.
 
-A block is T tokens x_1..x_T out of a vocabulary of V. Both objectives score all T tokens of a block from nothing,
-in nats per token:
+A block is T tokens x_1..x_T from a vocabulary of V. Both objectives score all T tokens, in nats per token:
 
-  ar         predict x_i from x_1..x_{i-1}:            loss = 1/T sum_i -log p(x_i | x_<i)                   exact
-  diffusion  hide k of the T tokens, k ~ U{1..T}, and predict them from the others:
-                                                       loss = E_k E_mask 1/k sum_masked -log p(x_i | rest)   bound
+  ar         each token from those before it:
+             loss = 1/T sum_i -log p(x_i | x_<i)                                        exact
+  diffusion  mask k of the T tokens, k uniform on 1..T, and predict them from the rest:
+             loss = E_k E_mask 1/k sum over the masked i of -log p(x_i | the unmasked)  an upper bound
 
-The second expectation is the paper's E_t[1/t sum_masked ...]/T (arXiv 2507.15857, eq. 3) with the number of masked
-tokens drawn directly: if t ~ U(0,1) and every token is masked with probability t, that number is uniform on 0..T. It is
-also the mean loss over all T! orders in which the tokens could be revealed, hence an upper bound on the -log p of the
-mixture over orders. Drawing k has no 1/t to blow up and far less noise (notebook 01 shows all three agreeing).
+The second is the negative evidence lower bound (NELBO) of arXiv 2507.15857, eq. 3, E_t[1/t sum over masked] /
+T: if t ~ U(0, 1) and each token is masked with probability t, the number masked is uniform on 0..T. Drawing k
+itself leaves no 1/t to blow up and far less noise. It is also the mean loss over all T! orders of unmasking.
 
-The network is the same for both: V+1 embedding rows, of which the last is [MASK] for diffusion and the start symbol for
-AR, and V logits, so that the extra token is never predicted. The lines that differ are tagged [AR] and [DIFFUSION].
+The network is the same for both. Its embedding has one row more than V: [MASK] for diffusion, the start
+symbol for AR. It gives V logits, so this extra token is never predicted. The lines that differ between the
+objectives carry the tags [AR] and [DIFFUSION].
 """
 
-import hashlib
 import io
 import math
 import os
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 FORMAT = "ambigpt-checkpoint-1"
-MAX_LOGITS = 2**27  # logits to keep for the backward pass, half a gigabyte: see GPT.nll
-CPU_LOGITS = 2**21  # logits a CPU computes at a time: beyond its caches a bf16 step at V = 4096 takes a fifth longer
+MAX_LOGITS = 2**27  # to keep for the backward pass, half a gigabyte: see GPT.nll
+CPU_LOGITS = 2**21  # that a CPU computes at a time: beyond its caches it takes a fifth longer
 
 
 class UserError(ValueError):
-    """A fault that the person at the keyboard can mend: the commands print it in a line or two and exit with 2."""
+    """A fault that the person at the keyboard can mend: the commands print it and exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +51,26 @@ class GPTConfig:
     n_head: int = 2
     n_embd: int = 128  # C
     dropout: float = 0.0
-    rope_base: float = 20.0  # small, as a masked token knows only where it stands, and slow rotations hardly tell it
+    rope_base: float = 20.0  # small: a masked token knows its position only, and slow rotations hardly tell
 
     def __post_init__(self):
         if self.objective not in ("ar", "diffusion"):
             raise UserError(f"unknown objective {self.objective!r}: choose ar or diffusion")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"n_embd={self.n_embd} over n_head={self.n_head} heads: rotary positions need an even, "
-                            f"whole number of channels per head; try n_embd={self.n_head * 32}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and under 1")
+        for name, low in (("vocab_size", 1), ("block_size", 1), ("n_layer", 1), ("n_head", 1), ("n_embd", 1),
+                          ("dropout", 0), ("rope_base", 1.001)):
+            if not getattr(self, name) >= low:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {low}")
+        if self.dropout >= 1:
+            raise UserError(f"dropout is {self.dropout}: it must be under 1")
+        if self.n_embd % (2 * self.n_head):
+            raise UserError(f"n_embd={self.n_embd} over n_head={self.n_head} heads: rotary positions need an "
+                            f"even, whole number of channels per head; try n_embd={self.n_head * 32}")
         if 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd > 1e12:
-            raise UserError(f"n_layer={self.n_layer} and n_embd={self.n_embd} make over 10^12 parameters: lower them")
-        if not self.rope_base > 1:
-            raise UserError(f"rope_base is {self.rope_base}: it must be over 1")
+            raise UserError(f"n_layer={self.n_layer}, n_embd={self.n_embd}: over 10^12 parameters; lower one")
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D)."""
+    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: what broadcasts with it."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -78,17 +79,20 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.causal = config.objective == "ar"  # [AR] a token sees its past; [DIFFUSION] a token sees the whole block
+        self.causal = config.objective == "ar"  # [AR] a token sees its past; [DIFFUSION] the whole block
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
-        qk, v = self.qkv(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2).split((2 * self.n_head, self.n_head), dim=1)
-        q, k = rotate(F.rms_norm(qk, qk.shape[-1:]), cos, sin).chunk(2, dim=1)  # QK-norm bounds the attention logits
-        if cache is not None:  # [AR] keys and values of all tokens so far (B, H, P+T, D): the past is computed once
-            cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v), strict=True)] if cache else [k, v]
-            k, v = cache
+        qkv = self.qkv(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3H, T, D)
+        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)
+        qk = F.rms_norm(qk, qk.shape[-1:])  # QK-norm bounds the attention logits
+        q, k = rotate(qk, cos, sin).chunk(2, dim=1)  # (B, H, T, D) each
+        if cache:  # [AR] in sampling: the keys and values of the P tokens so far are there already
+            k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)  # (B, H, P+T, D)
+        if cache is not None:
+            cache[:] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T == k.shape[2],
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
@@ -115,12 +119,13 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, keep=None):
         x = x + self.drop(self.attn(self.norm1(x), cos, sin, cache))
-        x = x if keep is None else x.flatten(0, 1)[keep]  # [DIFFUSION] the last block: what is not scored ends here
+        if keep is not None:  # [DIFFUSION] in the last block only the masked tokens go on
+            x = x.flatten(0, 1)[keep]  # (M, C)
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class GPT(nn.Module):
-    """Pre-norm transformer with RMSNorm, rotary positions, SwiGLU, tied embeddings, no biases and no time input."""
+    """Pre-norm transformer: RMSNorm, rotary positions, SwiGLU, tied embeddings, no biases, no time input."""
 
     def __init__(self, config):
         super().__init__()
@@ -129,148 +134,190 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
-        head = config.n_embd // config.n_head
+        head = config.n_embd // config.n_head  # D
         frequency = config.rope_base ** (-torch.arange(0, head, 2) / head)  # (D/2,)
         angle = torch.outer(torch.arange(config.block_size + 1), frequency).repeat(1, 2)  # (T + 1, D)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the layers that write into the residual stream start smaller, as there are 2 n_layer
+            if p.dim() == 2:  # what writes into the residual stream starts smaller: there are 2 n_layer such
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def hidden(self, idx, position=None, cache=None, keep=None):
-        """Token ids (B, T) in 0..V to final hidden states (B, T, C). position: (B, T), places if not 0..T-1.
+    def ar_loss(self, x, seen):  # [AR]
+        """The mean over all T tokens of -log p(x_i | x_<i), (B,) in nats per token: exact.
 
-        keep: (M,) positions in the flattened idx whose states (M, C) are all that is wanted.
-
-        cache (AR): an empty list for each block. It keeps what attention needs of idx; in the calls that follow, idx is
-        (B, 1), the one token that comes next.
+        x: (B, T) what is predicted; seen: (B, T) what is read in its place.
         """
-        P = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens in the cache
-        cos, sin = (t[P:P + idx.shape[1]] if position is None else t[position][:, None] for t in (self.cos, self.sin))
+        past = F.pad(seen[:, :-1], (1, 0), value=self.config.vocab_size)  # (B, T): start symbol, x_1..x_{T-1}
+        nll = self.nll(self.hidden(past).flatten(0, 1), x.flatten())  # (B T,)
+        return nll.view(x.shape).mean(1)
+
+    def diffusion_loss(self, x, mask, index, seen):  # [DIFFUSION]
+        """The mean over its k masked tokens of -log p(x_i | the unmasked), (B,) in nats per token.
+
+        With k uniform on 1..T its expectation is the NELBO, an upper bound on -log p of the block. x, seen:
+        (B, T) as above; mask: (B, T) bool; index: (M,) where the flattened mask is True.
+        """
+        masked = seen.masked_fill(mask, self.config.vocab_size)  # (B, T): [MASK] is the extra token
+        nll = self.nll(self.hidden(masked, keep=index), x.flatten()[index])  # (M,) of the masked tokens alone
+        row = index // x.shape[1]  # (M,) the block that each masked token is in
+        k = mask.sum(1).clamp(min=1)  # (B,); a block without a mask has nothing to score and counts 0
+        return nll.new_zeros(len(x)).index_add(0, row, nll / k[row])
+
+    def forward(self, x, mask=None, index=None, seen=None):
+        """The loss of each block under the network's objective, (B,) in nats per token.
+
+        x: (B, T) token ids in 0..V-1. mask: (B, T) bool, for diffusion. index: where it is True; given, so
+        that a GPU need not count. seen: (B, T) ids in 0..V that the network reads in place of x.
+        """
+        seen = x if seen is None else seen
+        if self.config.objective == "ar":
+            return self.ar_loss(x, seen)  # [AR]
+        index = mask.flatten().nonzero().squeeze(1) if index is None else index
+        return self.diffusion_loss(x, mask, index, seen)  # [DIFFUSION]
+
+    def rotation(self, start, T):
+        """cos and sin of the rotary angles of positions start..start+T-1, both (T, D)."""
+        return self.cos[start:start + T], self.sin[start:start + T]
+
+    def hidden(self, idx, cache=None, keep=None):
+        """Token ids (B, T) in 0..V to final hidden states (B, T, C).
+
+        keep: (M,) positions in the flattened idx whose states (M, C) are all that is wanted. cache (AR): an
+        empty list for each block, which keeps what attention needs. In later calls idx is one token (B, 1).
+        """
+        start = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens in the cache
+        cos, sin = self.rotation(start, idx.shape[1])
         x = self.drop(self.embed(idx))  # (B, T, C)
         for block, own_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, cos, sin, own_cache, keep if block is self.blocks[-1] else None)
         return self.norm(x)
 
     def head(self, h):
-        """Hidden states (..., C) to float32 logits (..., V): the extra row is an input only, never an output."""
+        """Hidden states (..., C) to float32 logits (..., V): the extra token is an input, never an output."""
         return F.linear(h, self.embed.weight[: self.config.vocab_size]).float()
 
     def logits(self, idx):
-        """Token ids (B, T) to logits (B, T, V): of the next token at each position for AR, of its own for diffusion."""
+        """Token ids (B, T) to logits (B, T, V): AR's are of the next token, diffusion's of that position."""
         return self.head(self.hidden(idx))
 
     def nll(self, h, target):
         """-log p in nats, (M,), of target (M,) from hidden states h (M, C).
 
-        They are done in parts. Where there are more than MAX_LOGITS logits, these are computed again in the backward
-        pass instead of kept: with a vocabulary of 50257 they, and not the network, would fill the memory.
+        Computed in parts. More than MAX_LOGITS logits are computed again in the backward pass, not kept:
+        with a vocabulary of 50257 they, and not the network, would fill the memory.
         """
-        def score(h, target):
+        def part_nll(h, target):
             return F.cross_entropy(self.head(h), target, reduction="none")
 
         V = self.config.vocab_size
         rows = max(1, (CPU_LOGITS if h.device.type == "cpu" else MAX_LOGITS) // V)
         parts = zip(h.split(rows), target.split(rows), strict=True)
         if len(h) * V <= MAX_LOGITS:
-            return torch.cat([score(*part) for part in parts])
-        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
-
-    def forward(self, x, mask=None, index=None, seen=None, position=None):
-        """The objective: -log p of each block, (B,) in nats per token. Its mean is the training loss.
-
-        x: (B, T) token ids in 0..V-1. mask (diffusion only): (B, T) bool, True where hidden, at least one a row; index:
-        (M,) positions of its True values in the flattened mask, given so that a GPU need not wait for a count. seen:
-        (B, T) what the network reads in place of x, ids in 0..V; position: see hidden.
-        """
-        B, T = x.shape
-        V = self.config.vocab_size
-        seen = x if seen is None else seen
-        if self.config.objective == "ar":
-            past = F.pad(seen[:, :-1], (1, 0), value=V)  # [AR] the start symbol, and all tokens but the last
-            nll = self.nll(self.hidden(past, position).flatten(0, 1), x.flatten())  # (B T,)
-            return nll.view(B, T).mean(1)  # [AR] every token is scored
-        index = mask.flatten().nonzero().squeeze(1) if index is None else index  # (M,)
-        h = self.hidden(seen.masked_fill(mask, V), keep=index)  # [DIFFUSION] (M, C): masked tokens only
-        nll = self.nll(h, x.flatten()[index])  # (M,)
-        row = index // T
-        return nll.new_zeros(B).index_add(0, row, nll / mask.sum(1)[row])  # [DIFFUSION] mean over the k of each block
+            return torch.cat([part_nll(*part) for part in parts])
+        return torch.cat([checkpoint(part_nll, *part, use_reentrant=False) for part in parts])
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
 
-def make_model(config):
-    """The GPT that a dict describes; keys that GPTConfig does not have are left alone."""
-    return GPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)}))
-
-
 def make_optimizers(model, optimizer, lr, weight_decay):
-    """AdamW as in the paper, or Muon for the matrices of the blocks and AdamW for the embedding and the norms."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    muon = optimizer == "muon"
-    groups = [{"params": [model.embed.weight] + ([] if muon else matrices), "weight_decay": weight_decay},
-              {"params": norms, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
-    if muon:  # updates are scaled to the size of AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    """AdamW as in the paper, or Muon for the matrices of the blocks with AdamW for the rest; a list.
+
+    Raises ValueError with the names of the parameters that no group takes.
+    """
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")]
+    tables = [p for name, p in named.items() if p.dim() == 2 and not name.startswith("blocks.")]
+    vectors = [p for p in named.values() if p.dim() == 1]
+    grouped = {id(p) for p in matrices + tables + vectors}
+    if forgotten := [name for name, p in named.items() if id(p) not in grouped]:
+        raise ValueError(f"no optimizer has {', '.join(forgotten)}: add a group for them in make_optimizers")
+    decayed = tables if optimizer == "muon" else tables + matrices
+    optimizers = [torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
+                                     {"params": vectors, "weight_decay": 0.0}],
+                                    lr=lr, betas=(0.9, 0.95), fused=True)]
+    if optimizer == "muon":  # updates of the size of AdamW's, so that one learning rate serves both
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def draw_mask(B, T, generator):  # [DIFFUSION]
-    """Masks of B blocks, (B, T) bool: k positions chosen uniformly, where the k of each row is uniform on 1..T.
+# ----- evaluation: the number that every run reports. No change to the training masks may change it
 
-    The rows come in pairs of k and T+1-k, and the B values of k/T are stratified over (0, 1). Neither changes the
-    distribution of a single row; together they make the loss far less noisy, and exactly B(T+1)/2 tokens of an even
-    batch are masked, whatever is drawn, so that shapes stay fixed.
+
+def uniform_k(B, T, generator):  # [DIFFUSION]
+    """How many tokens of each of B blocks to mask, (B,): uniform on 1..T.
+
+    They come in pairs of k and T+1-k, stratified over 1..T. That leaves the distribution of each k alone,
+    makes the loss far less noisy, and masks exactly B(T+1)/2 tokens of an even batch, so that shapes stay
+    fixed.
     """
     pairs = (B + 1) // 2
     stratum = torch.randperm(pairs, generator=generator).double()
-    u = (stratum + torch.rand(pairs, generator=generator, dtype=torch.float64)) / (2 * pairs)  # (pairs,) in [0, 1/2)
+    u = (stratum + torch.rand(pairs, generator=generator, dtype=torch.float64)) / (2 * pairs)  # in [0, 1/2)
     low = 1 + (u * T).long()
     k = torch.stack((low, T + 1 - low), dim=1)  # (pairs, 2)
     swap = torch.rand(pairs, generator=generator) < 0.5
-    k = torch.where(swap[:, None], k.flip(1), k).flatten()[:B]
-    rank = torch.rand(B, T, generator=generator).argsort(1).argsort(1)
-    return rank < k[:, None]
+    return torch.where(swap[:, None], k.flip(1), k).flatten()[:B]
+
+
+def mask_k(k, T, generator):  # [DIFFUSION]
+    """Masks (B, T) bool with k (B,) masked positions, chosen uniformly."""
+    order = torch.rand(len(k), T, generator=generator).argsort(1)
+    return order.argsort(1) < k[:, None]
 
 
 @torch.no_grad()
-def evaluate(model, blocks, passes=2, seed=0, batch_size=64):
-    """Loss of blocks (N, T) in nats per token, and its standard error: the one evaluation everything here uses.
+def evaluate(model, blocks, draws=2, seed=0, batch_size=64):
+    """The loss of blocks (N, T) in nats per token, and its standard error.
 
-    AR: the exact -log p, error 0. Diffusion: an estimate of the bound from `passes` >= 2 masks a block. It draws from
-    its own generator, so every checkpoint meets the same masks and training is not disturbed.
+    AR: the exact -log p, error 0. Diffusion: an estimate of the bound from `draws` >= 2 mask draws a block.
+    It has its own generator: every checkpoint meets the same masks, and training is not disturbed.
     """
-    def score(*inputs):  # tensors (N, T) -> (N,) nats per token
-        parts = zip(*(tensor.split(batch_size) for tensor in inputs), strict=True)
-        return torch.cat([model(*(tensor.to(device) for tensor in part)).double().cpu() for part in parts])
-
-    training, device, (N, T) = model.training, model.embed.weight.device, blocks.shape
-    model.eval()
     if model.config.objective == "ar":
-        result = score(blocks).mean().item(), 0.0  # [AR]
-    else:
-        if passes < 2:
-            raise ValueError(f"{passes} evaluation pass: a diffusion bound needs at least 2 to know its own error")
-        generator = torch.Generator().manual_seed(seed)
-        masks = [draw_mask(N, T, generator) for _ in range(passes)]
-        loss = torch.stack([score(blocks, mask) for mask in masks], dim=1)  # (N, passes)
-        k = torch.stack([mask.sum(1) for mask in masks], dim=1)
-        result = loss.mean().item(), standard_error(loss, k)  # [DIFFUSION]
+        return block_losses(model, blocks, None, batch_size).mean().item(), 0.0  # [AR]
+    if draws < 2:
+        raise ValueError(f"{draws} mask draws: a diffusion bound needs at least 2 to know its own error")
+    generator = torch.Generator().manual_seed(seed)
+    losses, ks = [], []
+    for _ in range(draws):  # [DIFFUSION]
+        mask = mask_k(uniform_k(*blocks.shape, generator), blocks.shape[1], generator)  # (N, T)
+        losses.append(block_losses(model, blocks, mask, batch_size))
+        ks.append(mask.sum(1))
+    loss, k = torch.stack(losses, dim=1), torch.stack(ks, dim=1)  # (N, draws)
+    demand_uniform(k, blocks.shape[1])
+    return loss.mean().item(), standard_error(loss, k)
+
+
+def block_losses(model, blocks, mask, batch_size):
+    """model(blocks, mask) without dropout, in batches: (N,) float64 on the CPU, nats per token."""
+    device, training = model.embed.weight.device, model.training
+    model.eval()
+    losses = []
+    for i in range(0, len(blocks), batch_size):
+        part = slice(i, i + batch_size)
+        losses.append(model(blocks[part].to(device), None if mask is None else mask[part].to(device)))
     model.train(training)
-    return result
+    return torch.cat(losses).double().cpu()
+
+
+def demand_uniform(k, T):
+    """Raise ValueError unless each draw of k (N, draws) covers 1..T evenly: else the loss is no bound."""
+    N = len(k)
+    even = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) the middle of each stratum
+    if (k.sort(0).values - even[:, None]).abs().max() > 2 * T / N + 1:
+        raise ValueError("evaluate got masks whose k is not uniform on 1..T, so its loss is no bound: leave "
+                         "uniform_k and mask_k as they are; a training schedule goes into train.draw_mask")
 
 
 def standard_error(loss, k):
-    """Standard error of loss.mean() over the choice of masks; loss, k: (N, P), block by pass, with P >= 2.
+    """Standard error of loss.mean() over the mask draws; loss, k: (N, P), block by draw, with P >= 2.
 
-    Every pass meets each block once and all mask sizes alike, so neither the difference between blocks nor that between
-    sizes is noise. What is left after the mean of each block and of each size (in bins of similar k) is. With fewer
-    than some 64 blocks the result is rough.
+    Every draw meets each block once and all values of k alike, so that neither the differences between blocks
+    nor those between values of k are noise. What is left without the mean of each block and of each bin of
+    similar k is. With fewer than some 64 blocks the result is rough.
     """
     (N, P), bins = loss.shape, max(1, min(64, loss.numel() // 16))
     groups = k.flatten().argsort(stable=True).tensor_split(bins)
@@ -283,98 +330,67 @@ def standard_error(loss, k):
     return (residual.square().sum() / freedom / (N * P)).sqrt().item()
 
 
-@torch.no_grad()
-def conditional_nll(model, x, target, rank=None):
-    """-log p(target tokens | the other tokens) in nats, (B,), by the chain rule from left to right over the targets.
-
-    x: (B, T) token ids; target: (B, T) bool. Diffusion: any positions, one network pass per target token; rank (B, T),
-    0 at the first target of a row, 1 at the second, ..., is another order to reveal them in. AR: only a suffix of the
-    block, as it can not see what follows; ValueError otherwise.
-    """
-    if model.config.objective == "ar":
-        if (target[:, :-1] & ~target[:, 1:]).any():
-            raise ValueError("an AR model conditions on the past alone: the target must be the end of the block")
-        past = F.pad(x[:, :-1], (1, 0), value=model.config.vocab_size)  # [AR]
-        nll = F.cross_entropy(model.logits(past).transpose(1, 2), x, reduction="none")  # (B, T)
-        return (nll.double() * target).sum(1)
-    rank = target.long().cumsum(1) - 1 if rank is None else rank  # (B, T)
-    total = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-    for j in range(int(target.sum(1).max())):  # [DIFFUSION] targets before the j-th are seen, it and later ones hidden
-        now = (target & (rank == j)).flatten().nonzero().squeeze(1)  # (M,) of the rows that have a j-th target
-        h = model.hidden(x.masked_fill(target & (rank >= j), model.config.vocab_size), keep=now)  # (M, C)
-        total[now // x.shape[1]] += F.cross_entropy(model.head(h), x.flatten()[now], reduction="none").double()
-    return total
-
-
-def chain_rule_nll(model, x):
-    """Exact left-to-right -log p of blocks x (B, T) in nats per token, (B,): T network passes for diffusion, 1 for AR.
-
-    For diffusion it is a second honest number beside the bound: the likelihood when the tokens are revealed from left
-    to right. It may lie on either side of the bound, which is a mean over all orders.
-    """
-    return conditional_nll(model, x, torch.ones_like(x, dtype=torch.bool)) / x.shape[1]
-
-
-# ----- on a device and on disk
+# ----- machinery: devices, processes, checkpoints
 
 
 def choose_device(name="auto", dtype="auto"):
-    """The device and dtype to run on, and a line that says why. Raises UserError if the device is not there."""
+    """The device and dtype to run on, and a line that says why. Raises UserError without such a device."""
+    why = "as asked"
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        why = "the GPU that PyTorch sees" if name == "cuda" else f"no GPU; {torch.get_num_threads()} threads"
-    else:
-        why = "as asked"
+        name, why = "cpu", f"PyTorch sees no GPU, {torch.get_num_threads()} threads"
+        if torch.cuda.is_available():
+            name, why = "cuda", "PyTorch sees a GPU"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device={name}: {str(error).splitlines()[0]}; try --device=auto") from None
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        dtype, reason = ("bfloat16", "it computes in bf16") if fast else ("float32", "it has no fast bf16")
-        why += f"; {reason}"
-    return device, getattr(torch, dtype), f"device {device}, matrix products in {dtype} ({why})"
+        dtype = "bfloat16" if fast else "float32"
+    bf16 = "it has fast bf16" if fast else "it has no fast bf16"
+    return device, getattr(torch, dtype), f"device {device} ({why}), matrix products in {dtype} ({bf16})"
 
 
 @contextmanager
 def precision(device, dtype):
-    """The context in which the network runs: autocast to bf16, or nothing.
-
-    On a CPU in bf16 attention runs as two plain matrix products: the fused kernel's backward pass takes 3 times longer.
-    """
+    """The context in which the network runs: autocast to bf16, or nothing."""
     if dtype == torch.float32:
         yield
         return
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    with torch.autocast(device.type, dtype), sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+    # On a CPU plain matrix products: the backward pass of the fused attention would take 3 times longer.
+    kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype), kernel:
         yield
 
 
-def digest(value):
-    """SHA-256 of nested plain values and tensors: a checksum against damage, not a signature against malice."""
-    h = hashlib.sha256()
+def processes():
+    """(rank, world) of this process under torchrun; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    def add(v):
-        if isinstance(v, dict):
-            h.update(b"dict")
-            add([(key, v[key]) for key in v])
-        elif isinstance(v, (list, tuple)):
-            h.update(b"[%d]" % len(v))
-            for item in v:
-                add(item)
-        elif isinstance(v, torch.Tensor):
-            h.update(f"{v.dtype}{tuple(v.shape)}".encode())
-            h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        else:
-            h.update(f"{v!r};".encode())
 
-    add(value)
-    return h.hexdigest()
+def join_processes(device):
+    """Join the other processes under torchrun; return (rank, world). Raises UserError if a GPU is lacking."""
+    rank, world = processes()
+    if world > 1 and not dist.is_initialized():
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        on_gpu = gpus > 0 and device in ("auto", "cuda")
+        if on_gpu and local >= gpus:
+            raise UserError(f"process {local} has no GPU, there are {gpus}: start fewer")
+        if on_gpu:
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=1))
+    return rank, world
+
+
+def make_model(config):
+    """The GPT that a dict describes; keys that GPTConfig does not have are left alone."""
+    return GPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)}))
 
 
 def write_atomic(path, write):
-    """Call write(file) on a temporary sibling of path and put it in path's place: there is never half a file."""
+    """Call write(file) on a temporary sibling of path, then put that in path's place: never half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -388,26 +404,27 @@ def write_atomic(path, write):
 
 
 def save_checkpoint(path, state):
-    """Write a checkpoint of tensors and plain values atomically, with its digest."""
-    state = {"format": FORMAT} | state
-    torch.save(state | {"digest": digest(state)}, buffer := io.BytesIO())  # on a full disk torch hides the OSError
+    """Write a checkpoint of tensors and plain values atomically: a zip file, with a CRC of every part."""
+    buffer = io.BytesIO()  # not the file itself: on a full disk torch would hide the OSError
+    torch.save({"format": FORMAT} | state, buffer)
     write_atomic(path, lambda f: f.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU. Raises UserError if it is missing, damaged or not ours."""
+    """The dict that save_checkpoint wrote, on the CPU. Raises UserError where there is no sound one."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one with python train.py --out={path.parent}")
     try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds on bytes that are not a checkpoint
+    except Exception as error:  # both raise a dozen kinds on bytes that are not a checkpoint
         raise UserError(f"{path} can not be read as a checkpoint: it is damaged or foreign") from error
-    if not isinstance(state, dict) or not str(state.get("format")).startswith("ambigpt-checkpoint-"):
-        raise UserError(f"{path} is not a checkpoint of ambigpt")
-    if state["format"] != FORMAT:
-        raise UserError(f"{path} has format {state['format']}, this version reads {FORMAT}: train it anew")
-    if state.pop("digest", None) != digest(state):
-        raise UserError(f"{path} is damaged: its content does not match its digest")
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} does not have its CRC")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of ambigpt in its format {FORMAT}, but {found}")
     return state
 
 

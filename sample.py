@@ -1,22 +1,22 @@
-"""Write text with a trained run: left to right, or by unmasking.
+"""Write text with a trained run: one token after another, or by unmasking.
 
     python sample.py                                         from the newest run under out/
     python sample.py --run=out/ar --prompt="Fellow citizens" --temperature=0.8 --top_p=0.9
     python sample.py --run=out/diffusion --infill="We the people ____ a more perfect union" --show
     python sample.py --compare out/ar out/diffusion          both, side by side
-    python sample.py --run=out/ar --probe                    not text, but two measurements of what it knows
 
-An AR model writes one token after another. A diffusion model begins with masks and uncovers some in every pass through
-the network: one at a time, at random places, is exact; several are faster, but tokens uncovered together do not know of
-each other. The samplers return ids and `when`, both (B, L): when is the pass that wrote a token, 0 if it was given.
+An AR model writes one token in each forward pass. A diffusion model starts from masks: to unmask them one by
+one, in a random order, is exact; several at once is faster, but they are drawn without knowing each other.
 """
 
 import argparse
 import codecs
+import contextlib
 import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -25,322 +25,409 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.lib.stride_tricks import sliding_window_view
 
-from model import UserError, choose_device, conditional_nll, load_checkpoint, model_from_checkpoint, precision
-from prepare import DataError, Tokenizer, load
+from model import UserError, choose_device, load_checkpoint, model_from_checkpoint, write_atomic
+from prepare import DataError, Tokenizer
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one id from each row of logits (..., V); temperature 0 takes the likeliest. Returns (...).
 
-    top_k: among the k likeliest only; top_p: among the fewest that together have this probability (arXiv 1904.09751).
+    top_k: among the k likeliest; top_p: among the fewest with this probability together (arXiv 1904.09751).
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double()  # float32 noise would make the rare tokens rarer still (arXiv 2409.02908)
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    p = ((logits - logits.max(-1, keepdim=True).values) / temperature).exp()  # from 0 down: no overflow, however cold
+    p = ((logits - logits.max(-1, keepdim=True).values) / temperature).exp()  # at most 1: no overflow
     if top_p < 1:
         descending, ids = p.sort(descending=True)
-        likelier = descending.cumsum(-1) - descending  # (..., V) what the tokens before each have together
-        p = torch.zeros_like(p).scatter(-1, ids, descending.masked_fill(likelier >= top_p * p.sum(-1, keepdim=True), 0))
+        likelier = descending.cumsum(-1) - descending  # (..., V): what the tokens before each have together
+        p = p.scatter(-1, ids, descending.masked_fill(likelier >= top_p * p.sum(-1, keepdim=True), 0))
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
 
 
 @torch.no_grad()
-def sample_ar(model, ids, length, temperature=1.0, top_k=0, top_p=1.0, generator=None, use_cache=True):  # [AR]
-    """Continue ids (B, P) to (B, length), one token a pass. Returns ids and when, both (B, length).
-
-    When the block is full, the last T/2 tokens move to its beginning, behind a new start symbol. The cache saves most
-    of the work and changes the logits by rounding only, so in float32 the text is the same without it.
-    """
+def sample_ar(model, ids, length, use_cache=True, **how):  # [AR]
+    """Continue ids (B, P) to (B, length); how: options of pick. Returns ids and when, as unmask does."""
     V, T, P = model.config.vocab_size, model.config.block_size, ids.shape[1]
-    begin, cache = 0, None
+    begin, unread = 0, None
     while ids.shape[1] < length:
-        if ids.shape[1] - begin >= T:
-            begin, cache = ids.shape[1] - T // 2, None
-        new = ids[:, -1:] if cache else F.pad(ids[:, begin:], (1, 0), value=V)  # (B, 1) or (B, <= T)
-        cache = cache or [[] for _ in model.blocks] if use_cache else None
-        logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (B, V)
-        ids = torch.cat((ids, pick(logits, temperature, top_k, top_p, generator)[:, None]), dim=1)
-    return ids, (torch.arange(1, ids.shape[1] + 1, device=ids.device) - P).clamp(min=0).expand(ids.shape)
-
-
-def first(score, masked, quota):  # [DIFFUSION]
-    """The quota (B, 1) masked places of lowest score in each row; score, masked and result: (B, L)."""
-    return score.masked_fill(~masked, torch.inf).argsort(dim=1, stable=True).argsort(1) < quota
+        if ids.shape[1] - begin >= T:  # the block is full: its last T/2 tokens become the first of the next
+            begin, unread = ids.shape[1] - T // 2, None
+        if unread is None or not use_cache:
+            unread = F.pad(ids[:, begin:], (1, 0), value=V)  # (B, <= T): the start symbol and the text so far
+            cache = [[] for _ in model.blocks] if use_cache else None
+        logits = model.head(model.hidden(unread, cache=cache)[:, -1])  # (B, V)
+        unread = pick(logits, **how)[:, None]  # (B, 1): the cache has what is before it
+        ids = torch.cat((ids, unread), dim=1)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) + 1 - P).clamp(min=0).expand(ids.shape)
 
 
 @torch.no_grad()
-def unmask(model, x, steps=0, order="random", temperature=1.0, top_k=0, top_p=1.0, generator=None):  # [DIFFUSION]
-    """Fill in the masks (id V) of x (B, L <= T); all other tokens stay as they are. Returns ids and when, both (B, L).
+def unmask(model, x, steps=0, order="random", temperature=1.0, generator=None, **how):  # [DIFFUSION]
+    """Unmask x (B, L <= T) where it is V. Returns ids and when (B, L): the forward pass that wrote it, or 0.
 
-    steps: the passes to take; 0, or as many as a row has masks: one token of a row in each. order: which are next,
-      random       any; one by one this samples exactly, and in fewer steps it is the reverse process from t = 1 to 0:
-                   when n steps are left, each mask is uncovered with probability 1/n
-      confidence   in even shares, those whose drawn token is the most probable; it favours likely tokens: not exact
-      left         in even shares, from the left
+    steps: forward passes; 0, or as many as a row has masks: one token of a row in each. order: next are
+      random       any. One by one this samples exactly; in fewer steps it is the reverse process from t = 1
+                   to 0: when n steps are left, each position is unmasked with probability 1/n
+      confidence   in even shares, those whose drawn token is the most probable: it favours likely tokens
+      left         in even shares, from left to right
     """
     V, T, L = model.config.vocab_size, model.config.block_size, x.shape[1]
-    most, when = int((x == V).sum(1).max()), torch.zeros_like(x)
+    when, most = torch.zeros_like(x), int((x == V).sum(1).max())
     fewer = 0 < steps < most
     if temperature == 0:  # nothing is left to chance then, nor is the order
         generator = torch.Generator(x.device).manual_seed(0)
     for left in range(steps if fewer else most, 0, -1):
-        look = masked = x == V  # (B, L)
-        quota = -(-masked.sum(1, keepdim=True) // left)  # (B, 1), rounded up, so that the last step leaves none
+        chosen = masked = x == V  # (B, L); confidence chooses among them all, once their tokens are drawn
+        quota = -(-masked.sum(1, keepdim=True) // left)  # (B, 1), rounded up: the last step leaves no mask
         if order == "random":
             noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
-            look = masked & (noise < 1 / left) if fewer else first(noise, masked, quota)
+            chosen = masked & (noise < 1 / left) if fewer else lowest(noise, masked, quota)
         elif order == "left":
-            look = first(torch.arange(L, device=x.device).expand_as(x).double(), masked, quota)
-        if not look.any():
+            chosen = lowest(torch.arange(L, device=x.device).expand_as(x).double(), masked, quota)
+        if not chosen.any():
             continue  # nothing would change, so there is nothing to compute
-        logits = model.head(model.hidden(F.pad(x, (0, T - L), value=V))[:, :L][look])  # (M, V); trained on whole blocks
-        chosen, drawn = look, pick(logits, temperature, top_k, top_p, generator)  # (B, L), (M,)
+        h = model.hidden(F.pad(x, (0, T - L), value=V))[:, :L]  # (B, L, C); it was trained on whole blocks
+        logits = model.head(h[chosen])  # (M, V)
+        drawn = pick(logits, temperature, generator=generator, **how)  # (M,)
+        written = x.masked_scatter(chosen, drawn)  # (B, L)
         if order == "confidence":
             sure = logits.double().softmax(-1).gather(1, drawn[:, None])[:, 0]  # (M,), before the temperature
-            chosen = first(torch.zeros(x.shape, device=x.device).double().masked_scatter(look, -sure), masked, quota)
-        x = torch.where(chosen, x.masked_scatter(look, drawn), x)
+            chosen = lowest(torch.zeros_like(x).double().masked_scatter(chosen, -sure), masked, quota)
+        x = torch.where(chosen, written, x)
         when[chosen] = when.max() + 1
     return x, when
 
 
-def sample_diffusion(model, ids, length=0, steps=0, order="random", **how):  # [DIFFUSION]
-    """Fill in the masks of ids (B, P) and continue it to (B, length). Returns ids and when; options as in unmask.
+def lowest(score, masked, quota):  # [DIFFUSION]
+    """The quota (B, 1) masked positions of lowest score in each row; score, masked and result: (B, L)."""
+    return score.masked_fill(~masked, torch.inf).argsort(dim=1, stable=True).argsort(1) < quota
 
-    Windows of T tokens are filled from left to right. Each sees half a block before its first mask, and what follows.
-    """
+
+def sample_diffusion(model, ids, length=0, steps=0, order="random", **how):  # [DIFFUSION]
+    """Unmask ids (B, P), continued to (B, length), in windows of T tokens; all else as in unmask."""
     V, T = model.config.vocab_size, model.config.block_size
     ids = F.pad(ids, (0, max(0, length - ids.shape[1])), value=V)
     when = torch.zeros_like(ids)
     while (ids == V).any():
         first_mask = int((ids == V).any(0).int().argmax())  # of all rows
-        window = slice(begin := max(0, min(first_mask - T // 2, ids.shape[1] - T)), begin + T)
+        begin = max(0, min(first_mask - T // 2, ids.shape[1] - T))  # half a window goes before it
+        window = slice(begin, begin + T)
         ids[:, window], now = unmask(model, ids[:, window], steps, order, **how)
         when[:, window] += (now + when.max()) * (now > 0)
     return ids, when
 
 
 def encode_gaps(tokenizer, text, gap):
-    """Token ids (L,) of a text with its gaps as masks: __ or more are `gap` tokens, __7__ seven."""
-    parts = re.split(r" ?_{2,}(?:(\d+)_{2,})?", text)  # text, length or None, text, ...; tokens begin with their space
-    lengths = [int(length or gap) for length in parts[1::2]]
+    """Token ids (L,) of a text with masks for its gaps: __ or more is `gap` tokens, __7__ seven."""
+    parts = re.split(r" ?_{2,}(?:(\d+)_{2,})?", text)  # text, length or None, text, ...
+    lengths = [int(length[:9] if length else gap) for length in parts[1::2]]
     if not 1 <= min(lengths, default=0) <= sum(lengths) <= 10**6:
-        raise UserError(f"--infill needs gaps like ____ or __7__ of 1 to a million tokens; it has {lengths or 'none'}")
-    texts, masks = map(tokenizer.encode, parts[::2]), (np.full(n, tokenizer.vocab_size) for n in (*lengths, 0))
-    return np.concatenate(list(itertools.chain(*zip(texts, masks, strict=True))))
+        raise UserError(f"--infill needs gaps like ____ or __7__, a million tokens at most; it has {lengths}")
+    ids = [*tokenizer.encode(parts[0])]
+    for length, part in zip(lengths, parts[2::2], strict=True):
+        ids += [tokenizer.vocab_size] * length + [*tokenizer.encode(part)]
+    return torch.tensor(ids)
 
 
-def memorised(ids, training, n=8):
-    """The share of the n-token sequences in the rows of ids (B, L) that occur verbatim in training (U,), in 0..1."""
-    known = {row.tobytes() for row in sliding_window_view(np.asarray(training, dtype=np.int64), n)}
-    rows = sliding_window_view(np.asarray(ids, dtype=np.int64), n, axis=1).reshape(-1, n)
-    return sum(row.tobytes() in known for row in rows) / len(rows)
+# ----- runs: what a log says, in words and in figures
+
+COLOURS = {"ar": "#0072B2", "diffusion": "#D55E00"}  # blue and vermilion of Okabe and Ito
 
 
-def questions(data, split, T, count=512, seed=0):
-    """Multiple-choice questions from held-out documents: (Q, 4, T) ids, of which choice 0 is what was really written.
+def header(c):
+    """The config of a run in a few lines."""
+    millions, share = c["parameters"] / 1e6, c["flops"] / c["critical_flops"]
+    return (f"{c['objective']}, {millions:.2f}M parameters, {c['preset']} preset, seed {c['seed']}, "
+            f"{c['optimizer']} lr {c['lr']:g}, weight decay {c['weight_decay']:g}, dropout {c['dropout']:g}\n"
+            f"{c['unique_tokens']:,} unique tokens of {c['data']}, {c['epochs']:g} epochs, "
+            f"{c['steps']:,} steps, {c['flops']:.2e} FLOPs\n{share:.2g} times the paper's critical compute "
+            f"for this many tokens ({c['critical_flops']:.1e}, extrapolated)\n"
+            f"evaluating {c['eval_tokens']:,} tokens of {c['split']}; their frequencies alone would score "
+            f"{c['unigram_entropy']:.3f} nats per token (unigram entropy)\nrun directory {c['out']}")
 
-    Each begins with 3/4 T tokens that end with a sentence, the same in all four choices, and goes on for T/4 tokens: as
-    the document does, or as three other documents do at such a place. All four are drawn alike, so that nothing but the
-    context tells them apart. The same seed gives the same questions. Raises UserError without four such documents.
+
+def show(record, config, name="val"):
+    """The loss of a record in words; the sign says whether the number is exact or a bound."""
+    sign, error = "=", ""
+    if config["objective"] == "diffusion":
+        sign, error = "<=", f" ± {record[f'{name}_stderr']:.3f}"
+    return (f"val {sign} {record[f'{name}_loss']:.3f}{error} nats/token, "
+            f"{sign} {record[f'{name}_bpb']:.3f} bits/byte")
+
+
+def read_log(run):
+    """The log of the run in a folder, up to the first line that is no record; [] where there is none."""
+    path, log = Path(run) / "log.jsonl", []
+    with contextlib.suppress(ValueError):
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
+            log.append(json.loads(line))
+    return log if log and isinstance(log[0], dict) and "config" in log[0] else []
+
+
+def curve(log, key="val_loss", x="epoch"):
+    """A column of a log against another, (evaluations, 2)."""
+    return np.array([(record[x], record[key]) for record in log[1:]])
+
+
+def best_of(log):
+    """The record of a log's lowest validation loss."""
+    return min(log[1:], key=lambda record: record["val_loss"])
+
+
+def crossing(ar, diffusion):
+    """The x at which diffusion's curve first goes under AR's, or None; curves: (n, 2), x ascending and loss.
+
+    Linear interpolation in log x, where both have an x.
     """
-    ids, pieces = np.asarray(data.splits[split], dtype=np.int64), data.tokenizer.pieces
-    answer = T // 4
-    stop = np.array([piece.rstrip()[-1:] in (b".", b"!", b"?") for piece in pieces])  # (V,): a sentence may end here,
-    space = np.array([piece[:1].isspace() for piece in pieces])  # and this may follow it
-    begins = np.flatnonzero(stop[ids[:-1]] & space[ids[1:]]) + 1
-    document = np.searchsorted(data.meta["splits"][split]["document_starts"], np.arange(len(ids)), side="right")
-    ends = np.cumsum(ids == data.tokenizer.eot)  # passages end there: a window within one has the same count throughout
-
-    def whole(first, last):  # windows that stay within the text and within one passage
-        inside = (first >= 0) & (last < len(ids))
-        first, last = first.clip(0, len(ids) - 1), last.clip(0, len(ids) - 1)
-        return inside & (ends[first] == ends[last])
-
-    places = begins[whole(begins - (T - answer), begins + answer - 1)]
-    places = [places[document[places] == d] for d in np.unique(document[places])]  # of each document that has any
-    if len(places) < 4:
-        raise UserError(f"the held-out split {split!r} has too few documents for questions of {T} tokens: it takes 4")
-    rng, asked = np.random.default_rng(seed), []
-    for _ in range(count):
-        four = [rng.choice(places[d]) for d in rng.choice(len(places), 4, replace=False)]
-        asked.append([np.concatenate((ids[four[0] - (T - answer):four[0]], ids[c:c + answer])) for c in four])
-    return np.array(asked)
+    ar, diffusion = np.asarray(ar), np.asarray(diffusion)
+    x = np.union1d(ar[:, 0], diffusion[:, 0])
+    x = np.log(x[(x >= max(ar[0, 0], diffusion[0, 0])) & (x <= min(ar[-1, 0], diffusion[-1, 0]))])
+    gap = np.interp(x, np.log(diffusion[:, 0]), diffusion[:, 1]) - np.interp(x, np.log(ar[:, 0]), ar[:, 1])
+    under = np.flatnonzero((gap[:-1] > 0) & (gap[1:] <= 0))
+    if not len(under):
+        return None
+    i = under[0]
+    return math.exp(x[i] + (x[i + 1] - x[i]) * gap[i] / (gap[i] - gap[i + 1]))
 
 
-def multiple_choice(model, asked):
-    """How often a model finds the true continuation the likeliest of four: (accuracy, half its 95 % interval).
+def crossings(ar, diffusion):
+    """Where diffusion overtakes AR, in FLOPs or None: (at equal compute, AR's best: its lowest loss ever)."""
+    curves, lowest = (curve(ar, x="flops"), curve(diffusion, x="flops")), best_of(ar)["val_loss"]
+    return crossing(*curves), crossing([(1, lowest), (curves[1][-1, 0], lowest)], curves[1])
 
-    asked: (Q, 4, T) from questions(). Chance is 0.25. AR scores an answer in one network pass, diffusion in T/4.
+
+def verdict(ar, diffusion):
+    """Both crossings in two lines."""
+    def at(flops):
+        return f"at {flops:.2g} FLOPs, epoch {flops * diffusion[-1]['epoch'] / diffusion[-1]['flops']:.3g}"
+
+    equal, of_best = crossings(ar, diffusion)
+    first = f"overtakes AR {at(equal)}" if equal else "does not overtake AR"
+    a, d = ar[-1]["best_loss"], diffusion[-1]["best_loss"]
+    second = f"is not overtaken: diffusion <= {d:.3f} is {d - a:.3f} above it (a bound, so open)"
+    if d < a:
+        second = f"is overtaken {at(of_best) if of_best else ''}: diffusion <= {d:.3f}, {a - d:.3f} under it"
+    return f"At equal compute diffusion {first}\nAR's best, {a:.3f}, {second}"
+
+
+def draw_losses(ax, *logs):
+    """Draw logs against epochs on matplotlib's ax: validation losses, and dotted the training losses.
+
+    AR is blue, diffusion vermilion, regularised runs are dashed. Runs that look alike (seeds) have one label.
+    Of the first AR and the first diffusion run both crossings are marked: at equal compute (circle), and of
+    AR's best (diamond).
     """
-    device, T = model.embed.weight.device, asked.shape[2]
-    target = torch.arange(T, device=device) >= T - T // 4
-    scores = torch.cat([conditional_nll(model, x.to(device), target.expand(len(x), T)).cpu()
-                        for x in torch.from_numpy(asked).flatten(0, 1).split(256)]).view(-1, 4)
-    right = (scores.argmin(1) == 0).double().mean().item()
-    return right, 1.96 * math.sqrt(max(right * (1 - right), 1 / len(asked)) / len(asked))
+    first, labels, rates = {}, {}, set()
+    for log in logs:
+        c, end, color = log[0]["config"], log[-1], COLOURS[log[0]["config"]["objective"]]
+        regularised = c["dropout"] > 0 or c.get("replace", 0) > 0 or c["weight_decay"] > 0.1
+        ax.plot(*curve(log, "train_loss").T, ":", color=color, lw=1)
+        ax.plot(*curve(log).T, "--" if regularised else "-", color=color, lw=1.8)
+        label = "AR (exact)" if c["objective"] == "ar" else "diffusion (bound)"
+        label = label.replace(" (", ", regularised (") if regularised else label
+        labels.setdefault(label, (end["val_loss"], end["epoch"], color))
+        first.setdefault(c["objective"], log)
+        rates.add(round(end["flops"] / end["epoch"]))
+    high = max(log[-1]["epoch"] for log in logs)
+    ax.set(xscale="log", xlabel="epochs", ylabel="nats per token (dotted: training)")
+    ax.set_xlim(right=high * max(2, high) ** 0.42)  # room for the labels
+    free, apart = -math.inf, 0.06 * np.ptp(ax.get_ylim())
+    for label, (y, x, color) in sorted(labels.items(), key=lambda item: item[1]):  # upwards, without overlaps
+        free = max(y, free + apart)
+        ax.annotate(label, (x, free), (6, 0), textcoords="offset points", color=color, va="center",
+                    bbox={"color": "white", "alpha": 0.8, "pad": 1})
+    if len(rates) == 1:  # else an epoch does not cost all of them the same
+        rate = rates.pop()
+        ax.secondary_xaxis("top", functions=(lambda e: e * rate, lambda f: f / rate)).set_xlabel("FLOPs")
+    best = best_of(first.get("ar", logs[0]))
+    ax.axhline(best["val_loss"], color=COLOURS[c["objective"] if len(first) == 1 else "ar"], lw=0.8, zorder=0)
+    if len(first) == 1:
+        ax.set_title(f"Lowest validation loss {best['val_loss']:.3f}, epoch {best['epoch']:.3g}", loc="left")
+        return
+    ar, diffusion = first["ar"], first["diffusion"]
+    for flops, mark in zip(crossings(ar, diffusion), ("o", "D"), strict=True):
+        if flops:
+            x = flops * diffusion[-1]["epoch"] / diffusion[-1]["flops"]
+            y = np.interp(math.log(x), np.log(curve(diffusion)[:, 0]), curve(diffusion)[:, 1])
+            ax.plot(x, y, mark, color="black", mfc="white", ms=9)
+    ax.set_title(verdict(ar, diffusion), loc="left", fontsize=10)
 
 
-def probe(model, config, ids, context):
-    """Print the two measurements of --probe for a model and its samples ids (B, L)."""
-    data = load(config["data"], config["data_sha256"])
-    asked = questions(data, config["split"], config["block_size"])
-    with context:
-        right, interval = multiple_choice(model, asked)
-    training = data.splits["train"][:config["unique_tokens"]]
-    held_out = np.asarray(data.splits[config["split"]])[None]
-    print(f"multiple choice: {right:.1%} ± {interval:.1%} of {len(asked)} right (chance 25 %)\n"
-          f"recited: {memorised(ids, training):.1%} of the 8-token sequences in {len(ids)} samples stand in the "
-          f"training text; of held-out text {memorised(held_out, training):.1%} do")
+def plot_losses(path, *logs):
+    """Write draw_losses of logs to a PNG file."""
+    from matplotlib.figure import Figure  # not pyplot, whose choice of a window or a notebook is the caller's
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    draw_losses(figure.subplots(), *logs)
+    write_atomic(Path(path), lambda f: figure.savefig(f, format="png", dpi=130))
 
 
-def layout(tokenizer, ids, when, width):
-    """A text (L,) as lines of `width` cells, broken at spaces; a cell is a character and the pass that wrote it."""
-    decoder, text, passes = codecs.getincrementaldecoder("utf-8")("replace"), "", []
-    for i, n in zip(ids.tolist(), when.tolist(), strict=True):
-        piece = decoder.decode(tokenizer.pieces[i])  # "", where a character needs more bytes
-        text += "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in piece)  # nothing steers the terminal
-        passes += [n] * len(piece)
-    cells = list(zip(text.replace("\n", " "), passes, strict=True))
-    lines = [cells[m.start():m.end()] for m in re.finditer(rf".{{0,{width - 1}}}\s|.{{1,{width}}}", text)]
-    return [line + [(" ", 0)] * (width - len(line)) for line in lines]
+def obstacle(a, b):
+    """Why two logs can not be compared, or None if they can: they must have had the same task."""
+    if not all(log and "best_loss" in log[-1] for log in (a, b)):
+        return "one of them holds no run that has ended"
+    a, b = a[0]["config"], b[0]["config"]
+    if a["objective"] == b["objective"]:
+        return f"both are {a['objective']} runs, it takes one of each objective"
+    for key in ("data_sha256", "unique_tokens", "block_size", "split", "eval_tokens"):
+        if a.get(key) != b.get(key):
+            return f"{key} is {a.get(key)} for one and {b.get(key)} for the other"
 
 
-def paint(line, blank, now):
-    """Cells during pass `now` as a str: dim blanks for what is to come, inverse what is new."""
-    return "".join(f"\033[2m{blank}\033[m" if n > now else f"\033[7m{c}\033[m" if n == now > 0 else c for c, n in line)
+def compare(a, b):
+    """Draw the runs in the folders a and b into b/crossing.png; return both crossings in words."""
+    logs = read_log(a), read_log(b)
+    if reason := obstacle(*logs):
+        raise UserError(f"{a} and {b} can not be compared: {reason}")
+    ar, diffusion = sorted(logs, key=lambda log: log[0]["config"]["objective"])
+    plot_losses(Path(b) / "crossing.png", ar, diffusion)
+    return f"{verdict(ar, diffusion)}\nboth curves in {b}/crossing.png"
 
 
-def play(results, row, animate):
-    """Print text `row` of each result of generate(), side by side; if asked, pass by pass for ten seconds at most."""
-    size, last = shutil.get_terminal_size(), max(int(r["when"][row].max()) for r in results)
-    width = max(8, (size.columns + 2) // len(results) - 3)
-    texts = [layout(r["tokenizer"], r["ids"][row], r["when"][row], width) for r in results]
-    blanks = [" " if r["record"]["objective"] == "ar" else "░" for r in results]
-    for now in range(0 if animate else last + 1, last + 2):  # after the last pass nothing is new any more
-        lines = [" │ ".join(map(paint, lines, blanks, [now] * len(lines)))
-                 for lines in itertools.zip_longest(*texts, fillvalue=[(" ", 0)] * width)]
-        if now <= last:
-            lines = lines[:size.lines - 1]  # the next pass is drawn over this one, but not over what has scrolled away
-            print(*lines, sep="\n", end=f"\n\033[{len(lines)}A", flush=True)
-            time.sleep(min(0.4, 10 / last))
-    print(*lines, sep="\n")
+def conclude(log):
+    """Draw the curve of a run that has ended, with that of the newest comparable run; return what to say."""
+    c, out, name = log[0]["config"], Path(log[0]["config"]["out"]), shlex.quote(log[0]["config"]["out"])
+    if "best_loss" not in log[-1]:
+        return f"\nsaved; go on with: python train.py --resume={name}"
+    plot_losses(out / "loss.png", log)
+    lines = [f"best   epoch {best_of(log)['epoch']:.4g}: {show(log[-1], c, 'best')}",
+             f"final  epoch {log[-1]['epoch']:.4g}: {show(log[-1], c, 'final')}",
+             f"curve in {out}/loss.png; text from it: python sample.py --run={name}"]
+    newest = sorted(out.parent.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    other = next((path.parent for path in newest if not obstacle(read_log(path.parent), log)), None)
+    if other:
+        lines += [f"beside {other}:", compare(other, out)]
+    return "\n".join(lines)
+
+
+# ----- machinery: the command line and the terminal
+
+NUMBERS = {  # flag: (type, default, least, greatest, help)
+    "gap": (int, 8, 1, 10**6, "tokens of a gap ____ and its space; __7__ is a gap of seven [8]"),
+    "num_samples": (int, 3, 1, 10**5, "how many texts [3]"),
+    "length": (int, 0, 0, 10**6, "tokens of a text, the prompt included [twice the block]"),
+    "temperature": (float, 1.0, 0, 1e9, "1: as learned, lower: safer, 0: the likeliest, and nothing random"),
+    "top_k": (int, 0, 0, 2**31, "choose among the k likeliest tokens only (0: all)"),
+    "top_p": (float, 1.0, 1e-9, 1, "choose among the fewest tokens that have this probability together [1]"),
+    "steps": (int, 0, 0, 10**6, "diffusion: forward passes per block (0: one for every token, exact)"),
+    "seed": (int, 1, 0, 2**62, "the same seed gives the same text [1]")}
+
+
+def parse(argv):
+    """The flags of the command line. What is wrong with one is told in two lines, and the script ends."""
+    parser = argparse.ArgumentParser(usage="python sample.py [FLAGS]", description=__doc__.split("\n\n")[0])
+    which, what, shown = (parser.add_mutually_exclusive_group() for _ in range(3))
+    which.add_argument("--run", type=Path, help="run directory [the newest under out/]")
+    which.add_argument("--compare", type=Path, nargs=2, metavar=("RUN", "RUN"), help="two runs side by side")
+    what.add_argument("--prompt", default="", help="text to continue")
+    what.add_argument("--infill", metavar="TEXT", help="diffusion: fill the gaps of this text, or of @FILE")
+    for name, (kind, default, _, _, text) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=text)
+    parser.add_argument("--order", choices=("random", "confidence", "left"), help="of unmasking [random]")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="[best]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    shown.add_argument("--show", action="store_true", help="watch the text develop, on a terminal")
+    shown.add_argument("--json", action="store_true", help="samples, settings and speed, a line each run")
+    args = parser.parse_args(argv)
+    for name, (_, _, low, high, _) in NUMBERS.items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name}={getattr(args, name)}: it must be between {low:g} and {high:g}")
+    return args
 
 
 def newest_run():
+    """The directory under out/ that was written to last."""
     runs = sorted(Path("out").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError("there is no run under out/: train one with python train.py, or name it with --run")
     return runs[-1].parent
 
 
-NUMBERS = {  # flag: (type, default, least, greatest, help)
-    "gap": (int, 8, 1, 10**6, "tokens of a gap that does not say [8]"),
-    "num_samples": (int, 3, 1, 10**5, "how many texts [3]"),
-    "length": (int, 0, 0, 10**6, "tokens of a text, the prompt included [twice the block]"),
-    "temperature": (float, 1.0, 0, 1e9, "1: as learned, lower: safer, 0: the likeliest, and nothing random"),
-    "top_k": (int, 0, 0, 2**31, "choose among the k likeliest tokens only (0: all)"),
-    "top_p": (float, 1.0, 1e-9, 1, "choose among the fewest tokens that have this probability together [1]"),
-    "steps": (int, 0, 0, 10**6, "diffusion: network passes per block (0: one for every token, which is exact)"),
-    "seed": (int, 1, 0, 2**62, "the same seed gives the same text [1]")}
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    def fail(message):  # one line in place of the whole usage
-        raise UserError(f"{message}; see python sample.py --help")
-    parser.error = fail
-    which, what, shown = (parser.add_mutually_exclusive_group() for _ in range(3))
-    which.add_argument("--run", type=Path, help="run directory (default: the newest under out/)")
-    which.add_argument("--compare", type=Path, nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs side by side")
-    what.add_argument("--prompt", default="", help="text to continue")
-    what.add_argument("--infill", metavar="TEXT", help="diffusion: fill the gaps of this text, or of @FILE: ____ is "
-                      "one of --gap tokens, __7__ one of 7; a space before a gap is part of it, all else is kept")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="best (by validation, default)")
-    for name, (kind, default, _, _, text) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=text)
-    parser.add_argument("--order", choices=("random", "confidence", "left"), help="diffusion: the next masks [random]")
-    shown.add_argument("--show", action="store_true", help="watch the text develop, where there is a terminal")
-    shown.add_argument("--json", action="store_true", help="print samples, settings and speed as JSON, a line each run")
-    shown.add_argument("--probe", action="store_true", help="measure instead: multiple choice, and recited passages")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parser.parse_args(argv)
-    for name, (_, _, low, high, _) in NUMBERS.items():
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name}={getattr(args, name)}: it must be between {low:g} and {high:g}")
-    return args
-
-
-def given(args, model, tokenizer):
-    """What the command line gives to a model: ids (P,), with masks for gaps, and the length to continue them to."""
-    if model.config.objective == "ar" and args.infill is not None:
-        raise UserError("an AR run can not fill a gap: it sees what is before, not what follows; take a diffusion run")
-    if model.config.objective == "ar" and not args.compare and (args.steps or args.order):
-        raise UserError("--steps and --order are for diffusion: an AR run takes a pass per token, from left to right")
+def generate(args, folder):
+    """Let the run in a folder write: what a line of --json tells, and its tokenizer, ids and when."""
+    path, device = Path(folder) / f"{args.checkpoint}.pt", choose_device(args.device)[0]
+    if not path.exists() and path.with_name("last.pt").exists():
+        raise UserError(f"{folder} has not been evaluated yet: train on, or take --checkpoint=last")
+    saved = load_checkpoint(path)
+    model, tokenizer = model_from_checkpoint(saved).to(device), Tokenizer(saved["tokenizer"])
+    # In float32 on any device: bf16 rounds a cached past differently, so the text would depend on the cache.
+    ar = model.config.objective == "ar"
+    if ar and (args.infill is not None or not args.compare and (args.steps or args.order)):
+        raise UserError("--infill, --steps and --order are for diffusion: AR writes from left to right")
+    ids, length = tokenizer.encode(args.prompt), args.length or 2 * model.config.block_size
     if args.infill is not None:
         text = Path(args.infill[1:]).read_text("utf-8") if args.infill.startswith("@") else args.infill
-        return encode_gaps(tokenizer, text, args.gap), args.length
-    ids, length = tokenizer.encode(args.prompt), args.length or 2 * model.config.block_size
-    if len(ids) >= length:
-        raise UserError(f"the prompt has {len(ids)} tokens and --length={length} leaves nothing to write: raise it")
-    return ids, length
-
-
-def generate(args, folder):
-    """Let the run in a folder write what the command line asks for: samples, how they came about, how fast."""
-    path = folder / f"{args.checkpoint}.pt"
-    if args.checkpoint == "best" and not path.exists() and path.with_name("last.pt").exists():
-        raise UserError(f"{path.parent} has not been evaluated yet: train on, or sample with --checkpoint=last")
-    saved, device = load_checkpoint(path), choose_device(args.device)[0]
-    model, tokenizer = model_from_checkpoint(saved).to(device), Tokenizer(saved["tokenizer"])
-    # It writes in float32 on any device: bf16 rounds a cached past differently, so the text would depend on the cache.
-    ids, length = given(args, model, tokenizer)
+        ids, length = encode_gaps(tokenizer, text, args.gap), args.length
+    elif len(ids) >= length:
+        raise UserError(f"--length={length} leaves nothing to write after a prompt of {len(ids)} tokens")
     ids = torch.as_tensor(ids, device=device).repeat(args.num_samples, 1)  # (B, P)
     how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
            "generator": torch.Generator(device).manual_seed(args.seed)}
+    order = "left" if ar else args.order or "random"
     began = time.perf_counter()
-    if model.config.objective == "ar":
-        order, (ids, when) = "left", sample_ar(model, ids, length, **how)  # [AR]
+    if ar:
+        ids, when = sample_ar(model, ids, length, **how)  # [AR]
     else:
-        order = args.order or "random"
         ids, when = sample_diffusion(model, ids, length, args.steps, order, **how)  # [DIFFUSION]
-    ids, when, seconds = ids.cpu(), when.cpu(), time.perf_counter() - began  # in this order: the first waits for a GPU
-    record = {name: getattr(args, name) for name in ("checkpoint", "prompt", "infill", "device", *NUMBERS)} | {
-        "run": str(folder), "order": order, "objective": model.config.objective, "parameters": model.num_params(),
-        "step": saved["state"]["step"], "length": ids.shape[1], "seconds": seconds,
+    ids, when = ids.cpu(), when.cpu()  # this waits for a GPU
+    seconds = time.perf_counter() - began
+    record = {key: getattr(args, key) for key in ("checkpoint", "prompt", "infill", "device", *NUMBERS)} | {
+        "run": str(folder), "order": order, "objective": model.config.objective, "length": ids.shape[1],
+        "parameters": model.num_params(), "step": saved["state"]["step"], "seconds": seconds,
         "network_evaluations": int(when.max()), "tokens_per_second": int((when > 0).sum()) / seconds,
-        "samples": [tokenizer.decode(row) for row in ids.numpy()]}
-    return {"record": record, "saved": saved, "model": model, "tokenizer": tokenizer, "ids": ids, "when": when}
+        "samples": [tokenizer.decode(row) for row in ids.tolist()]}
+    return record, tokenizer, ids, when
 
 
-def run(args):
-    """Do what the command line asks for. Raises UserError or DataError for what a person can mend."""
-    if args.probe:
-        if args.prompt or args.infill is not None:
-            raise UserError("--probe measures what a run writes from nothing: leave out --prompt and --infill")
-        args.num_samples, args.length = 64, 0
-    results = [generate(args, folder) for folder in args.compare or [args.run or newest_run()]]
-    for r in (result["record"] for result in results):
-        print(json.dumps(r) if args.json else f"{r['run']}/{r['checkpoint']}.pt: {r['objective']}, "
-              f"{r['parameters'] / 1e6:.2f}M parameters, step {r['step']:,}")
-    for result in results if args.probe else ():
-        device, dtype, _ = choose_device(args.device, result["saved"]["config"]["dtype"])
-        probe(result["model"], result["saved"]["config"], result["ids"].numpy(), precision(device, dtype))
-    for row in range(0 if args.probe or args.json else args.num_samples):
-        print(f"----- {row + 1}")
-        if args.compare or args.show and sys.stdout.isatty():
-            play(results, row, args.show and sys.stdout.isatty())
-        else:
-            print(results[0]["record"]["samples"][row])
+def frame(record, tokenizer, ids, when, row, width, now):
+    """Text `row` during forward pass `now`, in lines of `width` cells: dim is to come, inverse is new."""
+    blank = " " if record["objective"] == "ar" else "░"
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text, cells = "", []
+    for i, n in zip(ids[row].tolist(), when[row].tolist(), strict=True):
+        for c in decoder.decode(tokenizer.pieces[i]):  # none, where a character needs more bytes
+            text += c if c.isprintable() or c == "\n" else "\ufffd"  # nothing steers the terminal
+            cell = text[-1].replace("\n", " ")
+            if n > now:
+                cell = f"\033[2m{blank}\033[m"
+            elif n == now > 0:
+                cell = f"\033[7m{cell}\033[m"
+            cells.append(cell)
+    lines = re.finditer(rf".{{0,{width - 1}}}\s|.{{1,{width}}}", text)  # broken at spaces
+    return ["".join(cells[m.start():m.end()]) + " " * (width - len(m[0])) for m in lines]
+
+
+def play(results, row, animate):
+    """Print text `row` of the results side by side; if asked, as it develops, for ten seconds at most."""
+    size, last = shutil.get_terminal_size(), max(int(when[row].max()) for *_, when in results)
+    width = max(8, (size.columns + 2) // len(results) - 3)
+    for now in range(0 if animate else last + 1, last + 2):  # after the last nothing is new any more
+        columns = [frame(*result, row, width, now) for result in results]
+        lines = [" │ ".join(line) for line in itertools.zip_longest(*columns, fillvalue=" " * width)]
+        if now <= last:
+            lines = lines[:size.lines - 1]  # the next is drawn over this, but not over what has scrolled away
+            print(*lines, sep="\n", end=f"\n\033[{len(lines)}A", flush=True)
+            time.sleep(min(0.4, 10 / last))
+    print(*lines, sep="\n")
 
 
 def main(argv=None):
     try:
-        run(parse(argv))
+        args = parse(argv)
+        results = [generate(args, folder) for folder in args.compare or [args.run or newest_run()]]
+        animate = args.show and sys.stdout.isatty()
+        for r, *_ in results:
+            print(json.dumps(r) if args.json else f"{r['run']}/{r['checkpoint']}.pt: {r['objective']}, "
+                  f"{r['parameters'] / 1e6:.2f}M parameters, step {r['step']:,}")
+        for row in range(0 if args.json else args.num_samples):
+            print(f"----- {row + 1}")
+            if args.compare or animate:
+                play(results, row, animate)
+            else:
+                print(results[0][0]["samples"][row])
     except (UserError, DataError, OSError, UnicodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,18 +1,16 @@
-"""Train a GPT for many epochs on a small corpus, left to right or by filling in masks.
+"""Train a GPT for many epochs on a small corpus, autoregressively or by masked diffusion.
 
     python train.py --objective=diffusion --epochs=100
     python train.py --objective=ar --epochs=100
 
-Everything random is a function of the seed and of where the run is: an epoch's order of (seed, epoch), masks and
-dropout of (seed, step). There is no random state to save, a resumed run is the run that was never interrupted, and both
-objectives start from the same weights and meet the same batches in the same order.
+Everything random is a function of the seed and of where the run is: the order of an epoch of (seed, epoch),
+masks and dropout of (seed, step). So there is no random state to save: a resumed run is the run that was
+never interrupted, and both objectives start from the same weights and meet the same batches in the same
+order.
 """
 
 import argparse
-import contextlib
-import fcntl
 import functools
-import itertools
 import json
 import math
 import os
@@ -21,15 +19,28 @@ import shlex
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
+import filelock
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import prepare
+import sample
+from model import UserError, choose_device, evaluate, join_processes, load_checkpoint, make_model
+from model import make_optimizers, mask_k, model_from_checkpoint, precision, processes, save_checkpoint
+from model import uniform_k, write_atomic
+from prepare import open_data
+
+SAVE_SECONDS = 600  # the longest a single process goes without saving
 FLAGS = {
     # name: (type, laptop, gpu, what is allowed: the choices or the least value, help)
-    "objective": (str, "diffusion", "diffusion", ("ar", "diffusion"), "ar: the next token; diffusion: fill in masks"),
+    "objective": (str, "diffusion", "diffusion", ("ar", "diffusion"), "to predict next or masked tokens"),
     "data": (str, "data/sotu-bpe512", "data/sotu-bpe4096", None, "folder that prepare.py made"),
     "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens only; 0: on all"),
-    "epochs": (float, 100.0, 200.0, 1e-6, "passes over the unique tokens"),
+    "epochs": (float, 100.0, 200.0, 1e-6, "how often to go through the unique tokens"),
     "seed": (int, 1, 1, 0, "of the weights, the order of the data, the masks and dropout"),
     "n_layer": (int, 4, 12, 1, "transformer blocks"),
     "n_head": (int, 2, 6, 1, "attention heads"),
@@ -37,79 +48,23 @@ FLAGS = {
     "block_size": (int, 128, 256, 1, "T, tokens per block"),
     "rope_base": (float, 20.0, 20.0, 1.01, "base of the rotary wavelengths"),
     "batch_size": (int, 16, 64, 2, "B, blocks per step; even, as masks are drawn in pairs"),
-    "optimizer": (str, "muon", "muon", ("adamw", "muon"), "muon: for matrices, with adamw for the rest"),
-    "lr": (float, 2e-3, 2e-3, 1e-9, "peak learning rate, after 1 % of the steps; then a cosine down to a tenth"),
+    "optimizer": (str, "muon", "muon", ("adamw", "muon"), "muon: matrices by it, the rest by adamw"),
+    "lr": (float, 2e-3, 2e-3, 1e-9, "peak learning rate, after 1 % of the steps; then a cosine to a tenth"),
     "weight_decay": (float, 0.1, 0.1, 0, "decoupled, on the matrices and the embedding"),
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
-    "hide": (float, 0.0, 0.0, 0, "ar: share of the tokens it reads that are hidden, behind the start symbol"),
     "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
-    "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, 12, ... epochs"),
-    "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all of it"),
-    "final_passes": (int, 24, 8, 2, "masks drawn for every block after the last step (diffusion); before it, 2"),
-    "split": (str, "val", "val", ("val", "tune"), "held-out split: val to report, tune to choose settings by"),
+    "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, ..."),
+    "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all"),
+    "final_draws": (int, 24, 8, 2, "mask draws a block after the last step (diffusion); before it, 2"),
+    "split": (str, "val", "val", ("val", "tune"), "held-out split: val to report, tune to choose settings"),
     "device": (str, "auto", "auto", None, "auto, cpu, cuda, cuda:1, ..."),
-    "dtype": (str, "auto", "auto", ("auto", "float32", "bfloat16"), "of the matrix products; weights are float32"),
+    "dtype": (str, "auto", "auto", ("auto", "float32", "bfloat16"), "of matrix products, not of weights"),
     "compile": (bool, False, True, None, "run through torch.compile"),
+    "init": (str, "", "", None, "begin with the weights (best.pt) of the run in this directory"),
     "out": (str, "", "", None, "run directory; default: a new one under out/"),
 }
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=("laptop", "gpu"), default=argparse.SUPPRESS,
-                        help="values for all flags below (default: by device)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
-    parser.add_argument("--eval_only", action="store_true", help="with --resume: score its checkpoints again and end; "
-                        "another --split may be named")
-    for name, (kind, laptop, gpu, _, text) in FLAGS.items():
-        default = f"{laptop}" if laptop == gpu else f"laptop {laptop}, gpu {gpu}"
-        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        help_line = f"{text} [{default}]".replace("%", "%%")
-        parser.add_argument(f"--{name}", help=help_line, default=argparse.SUPPRESS, **extra)
-    return vars(parser.parse_args(argv))
-
-
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
-    parse(sys.argv[1:])  # help comes at once: importing torch takes a second or two
-
-import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-import prepare
-from model import UserError, chain_rule_nll, choose_device, draw_mask, evaluate, load_checkpoint, make_model
-from model import make_optimizers, model_from_checkpoint, precision, save_checkpoint, write_atomic
-
-FREE_ON_RESUME = {"device", "compile"}  # what may differ between a run and its resumption
-SAVE_SECONDS = 600  # the longest a single process goes without saving
-
-
-def make_config(preset=None, **given):
-    """Every flag of a run: the preset's values (laptop or gpu; by device if None), overridden by the given ones.
-
-    Raises UserError with the value and the remedy.
-    """
-    if preset is None:
-        device = given.get("device", "auto")
-        preset = "gpu" if device.startswith("cuda") or device == "auto" and torch.cuda.is_available() else "laptop"
-    if preset not in ("laptop", "gpu"):
-        raise UserError(f"preset={preset}: choose laptop or gpu")
-    if unknown := set(given) - set(FLAGS):
-        raise UserError(f"unknown setting {min(unknown)!r}: see python train.py --help")
-    config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
-    for name, (kind, _, _, allowed, _) in FLAGS.items():
-        value = config[name]
-        if isinstance(allowed, tuple) and value not in allowed:
-            raise UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
-        if kind in (int, float) and not allowed <= value < 2**62:
-            raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
-    if config["batch_size"] % 2:
-        raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
-    if config["hide"] + config["replace"] > 1 or config["hide"] and config["objective"] != "ar":
-        raise UserError(f"--hide={config['hide']} --replace={config['replace']}: shares of what a network reads, "
-                        "together at most 1; and diffusion hides tokens anyway")
-    return {"preset": preset} | config
+# What a run did that is older than a flag. A new flag gets its line here, so that older runs can be resumed.
+BEFORE = {"batch": "get_batch", "replace": 0.0, "final_draws": 24, "init": ""}
 
 
 def derive(seed, purpose, *index):
@@ -122,7 +77,7 @@ def derive(seed, purpose, *index):
 def epoch_order(seed, epoch, U, T):
     """Where the blocks of an epoch start, (U // T,): a permutation of the blocks, cut at a random offset.
 
-    The unique tokens are a ring, so that every epoch has the same number of blocks and every token the same chances.
+    The unique tokens are a ring: every epoch has the same number of blocks and every token the same chance.
     """
     rng = np.random.default_rng(derive(seed, "order", epoch))
     return (rng.permutation(U // T) * T + rng.integers(U)) % U
@@ -134,45 +89,46 @@ def batch_starts(seed, step, U, T, B):
     return np.array([epoch_order(seed, i // n, U, T)[i % n] for i in range(step * B, (step + 1) * B)])
 
 
-def send(x, device):
-    """A tensor from the CPU to the device. A GPU takes it when it gets there, and nobody waits."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def draw_mask(B, T, generator):  # [DIFFUSION]
+    """The training masks of B blocks, (B, T) bool, and the weight of each block in the loss descended, (B,).
+
+    A block's loss is the mean over its k masked tokens. With k uniform on 1..T and weight 1 this is the
+    bound. Try others here: model.evaluate draws masks of its own, so that what is reported stays the bound.
+    """
+    return mask_k(uniform_k(B, T, generator), T, generator), torch.ones(B)
 
 
 def get_batch(config, tokens, step, rows=slice(None)):
-    """What a step learns from, as arguments of GPT.forward, on the device of tokens (U,): blocks (B, T) and more.
+    """What a step learns from: the arguments of GPT.forward as a dict, and the weight of each block, (B,).
 
-    Diffusion gets masks and their index; either gets what it reads, if some of that is to be hidden or replaced. rows:
-    the part of the batch that is wanted, from an even row to an even row.
+    tokens: (U,) ids. rows: the part of the batch that is wanted, from an even row to an even row.
     """
     seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
     start = send(torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]), tokens.device)  # (B,)
     x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
-    batch = {"x": x}  # [AR] no more than this
+    batch, weight = {"x": x}, torch.ones(B)  # [AR] the tokens are all it takes
     if config["objective"] == "diffusion":
-        mask = draw_mask(B, T, torch.Generator().manual_seed(derive(seed, "mask", step)))[rows]  # [DIFFUSION]
-        index = mask.flatten().nonzero().squeeze(1)  # counted on the CPU, where that costs no waiting
-        batch |= {"mask": send(mask, x.device), "index": send(index, x.device)}
-    if config["hide"] + config["replace"]:
-        V, rng = config["vocab_size"], np.random.default_rng(derive(seed, "noise", step))
-        noise = rng.random((B, T)), rng.integers(V, size=(B, T))
-        u, other = (send(torch.from_numpy(values[rows]), x.device) for values in noise)
-        batch["seen"] = torch.where(u < config["hide"], V, torch.where(u > 1 - config["replace"], other, x))
-    return batch
+        generator = torch.Generator().manual_seed(derive(seed, "mask", step))
+        mask, weight = draw_mask(B, T, generator)  # [DIFFUSION]
+        index = mask[rows].flatten().nonzero().squeeze(1)  # (M,) counted on the CPU, as nothing waits there
+        batch |= {"mask": send(mask[rows], x.device), "index": send(index, x.device)}
+    if config["replace"]:
+        batch["seen"] = replace_tokens(config, x, step, rows)
+    return batch, send(weight[rows], x.device)
 
 
-def compiled(model, batch, device, dtype):
-    """The model through torch.compile, tried on a batch; where that fails the model itself, and a line that says so."""
-    run = torch.compile(model, options={"fallback_random": True})  # dropout drops what it drops without
-    try:
-        with precision(device, dtype):
-            run(**batch).mean().backward()
-    except Exception as error:  # no compiler, no backend for this system, ...: all mean the same to us
-        reason = [type(error).__name__, *str(error).strip().splitlines()[:1]]
-        print(f"--compile does not work here: {': '.join(reason)}")
-        run = model
-    model.zero_grad()
-    return run
+def replace_tokens(config, x, step, rows):
+    """What a network reads in place of x (B, T): a share of the tokens is replaced by random ones."""
+    rng = np.random.default_rng(derive(config["seed"], "noise", step))
+    shape = config["batch_size"], config["block_size"]
+    u, other = rng.random(shape), rng.integers(config["vocab_size"], size=shape)
+    chosen = send(torch.from_numpy(u[rows] > 1 - config["replace"]), x.device)
+    return torch.where(chosen, send(torch.from_numpy(other[rows]), x.device), x)
+
+
+def send(x, device):
+    """A tensor from the CPU to the device. A GPU takes it when it gets there, and nobody waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def learning_rate(step, steps, peak):
@@ -184,110 +140,116 @@ def learning_rate(step, steps, peak):
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def read_log(path):
-    """The records of a log.jsonl up to the first torn line (a crash can tear only the last)."""
-    records = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+def descend(optimizers, lr):
+    """One step of every optimizer with this learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def plot_losses(records, path):
-    """loss.png: training and validation loss against epochs (FLOPs above), the lowest validation loss marked."""
-    from matplotlib.figure import Figure  # not pyplot, whose choice of a window or a notebook is the caller's
-    config, rows = records[0]["config"], records[1:]
-    best, scale = min(rows, key=lambda r: r["val_loss"]), rows[-1]["flops"] / rows[-1]["epoch"]
-    bound = " (bound)" if config["objective"] == "diffusion" else ""
-    fig = Figure(figsize=(7, 4.5), layout="constrained")
-    ax = fig.subplots()
-    for name, style in (("train", "--"), ("val", "-")):
-        ax.plot([r["epoch"] for r in rows], [r[f"{name}_loss"] for r in rows], style, color="black", label=name + bound)
-    ax.plot(best["epoch"], best["val_loss"], "o", color="black",
-            label=f"lowest: {best['val_loss']:.3f} at epoch {best['epoch']:.4g}")
-    ax.axhline(config["unigram_entropy"], color="0.7", label="unigram entropy")
-    ax.set(xscale="log", xlabel="epochs", ylabel="nats per token", title=f"{config['objective']}, "
-           f"{config['parameters'] / 1e6:.2g}M parameters, {config['unique_tokens']:,} unique tokens")
-    ax.secondary_xaxis("top", functions=(lambda e: e * scale, lambda f: f / scale)).set_xlabel("FLOPs")
-    ax.legend(frameon=False)
-    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=120))
+def train(config, saved=None, stop=lambda: False, batch=get_batch):
+    """Run what make_config describes, or go on from a saved checkpoint; return the log, a list of records.
 
-
-def open_data(config):
-    """The corpus of a run: (Data, training tokens (U,), held-out blocks (N, T)), the tokens as int64 tensors.
-
-    Prepares the preset's own corpus if it is not there yet. Raises UserError when sizes do not fit.
+    stop() is asked after every step: if it says so, the run saves and ends. batch: in place of get_batch, for
+    experiments. Under torchrun every process computes its rows of each batch; rank 0 evaluates and writes.
+    Raises UserError for what the caller can mend, prepare.DataError for the corpus.
     """
-    folder, T, B = Path(config["data"]), config["block_size"], config["batch_size"]
-    default = FLAGS["data"][1 if config["preset"] == "laptop" else 2]
-    if not folder.exists() and config["data"] == default:
-        print(f"{folder} is not there yet: preparing the default corpus")
-        size = default.split("bpe")[1]
-        prepare.prepare(vocab_size=int(size), out=folder, command=f"python prepare.py --vocab_size={size}")
-    data = prepare.load(folder, config.get("data_sha256"))
-    there, U = len(data.splits["train"]), config["unique_tokens"] or len(data.splits["train"])
-    if U > there:
-        raise UserError(f"--unique_tokens={U}: {folder} has {there:,} training tokens; ask for fewer, or 0 for all")
-    if U // T < B:
-        raise UserError(f"--batch_size={B} times --block_size={T} is {B * T:,} tokens, there are {U:,}: lower one")
-    n = len(data.splits[config["split"]]) // T
-    if n < 1:
-        raise UserError(f"--block_size={T}: the held-out split {config['split']!r} of {folder} has only "
-                        f"{len(data.splits[config['split']])} tokens; use shorter blocks or more text")
-    chosen = np.linspace(0, n - 1, min(n, config["eval_blocks"] or n)).round().astype(int)
-    held_out = np.asarray(data.splits[config["split"]][: n * T]).reshape(n, T)[chosen].astype(np.int64)
-    return data, torch.from_numpy(data.splits["train"][:U].astype(np.int64)), torch.from_numpy(held_out)
+    rank, world = join_processes(config["device"])
+    device, dtype, device_line = choose_device(config["device"], config["dtype"])
+    data, tokens, blocks = open_data(config)  # training tokens (U,), held-out blocks (N, T)
+    torch.manual_seed(derive(config["seed"], "weights"))
+    model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
+    if saved is None:
+        config = describe(config, data, tokens, blocks, model, dtype, batch)
+        take_weights(model, config["init"], data.tokenizer)
+    model, tokens = model.to(device), tokens.to(device)
+    optimizers = make_optimizers(model, config["optimizer"], config["lr"], config["weight_decay"])
+    rows = slice(rank * config["batch_size"] // world, (rank + 1) * config["batch_size"] // world)
+    due = evaluation_steps(config)
+
+    with Run(config, saved, model, optimizers, data.tokenizer, blocks, device_line) as run:
+        network = accelerate(model, batch(config, tokens, 0, rows)[0], config["compile"], dtype)
+        for step in range(run.step, config["steps"]):
+            inputs, weight = batch(config, tokens, step, rows)
+            torch.manual_seed(derive(config["seed"], "dropout", step, rank))
+            with precision(device, dtype):
+                loss = network(**inputs)  # (B,) of each block, in nats per token
+            (weight * loss).mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            descend(optimizers, learning_rate(step, config["steps"], config["lr"]))
+            run.count(loss.detach().mean(), norm)
+            if run.step in due:
+                run.evaluate()  # and log
+            ending = run.agree(stop())
+            if run.step in due or ending or run.unsaved_for_long():
+                run.save()
+            if ending:
+                break
+    return run.log
 
 
-def size_of(blocks, data):
-    """How much text is evaluated: its tokens and their bytes."""
-    return {"eval_tokens": blocks.numel(), "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum())}
+# ----- machinery: settings, the run directory, processes, the command line
 
 
-def describe(config, data, tokens, blocks, model):
-    """The config of a run with all that is known before its first step: the log's first record."""
-    counts = torch.bincount(blocks.flatten()).double()
-    p = counts[counts > 0] / counts.sum()
-    U, B, T = len(tokens), config["batch_size"], config["block_size"]
+def make_config(preset=None, **given):
+    """Every flag of a run: a preset's values (laptop, gpu; None: by device), overridden by the given ones.
+
+    Raises UserError with the value and the remedy.
+    """
+    device = given.get("device", "auto")
+    gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    preset = preset or ("gpu" if gpu else "laptop")
+    if preset not in ("laptop", "gpu"):
+        raise UserError(f"preset={preset}: choose laptop or gpu")
+    if unknown := set(given) - set(FLAGS):
+        raise UserError(f"unknown setting {min(unknown)!r}: see python train.py --help")
+    config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
+    for name, (kind, _, _, allowed, _) in FLAGS.items():
+        value = config[name]
+        if isinstance(allowed, tuple) and value not in allowed:
+            raise UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
+        if kind in (int, float) and not allowed <= value < 2**62:
+            raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
+    if config["batch_size"] % (2 * processes()[1]):
+        raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so {processes()[1]} "
+                        f"processes need a multiple of {2 * processes()[1]}")
+    if config["replace"] > 1:
+        raise UserError(f"--replace={config['replace']}: it is a share of the tokens, at most 1")
+    return {"preset": preset} | config
+
+
+def describe(config, data, tokens, blocks, model, dtype="auto", batch=get_batch):
+    """The config of a new run with all that is known before its first step: the log's first record."""
+    p = torch.bincount(blocks.flatten()).double() / blocks.numel()
+    U, B, T, N = len(tokens), config["batch_size"], config["block_size"], model.num_params()
     steps = max(1, round(config["epochs"] * (U // T) / B))
     return config | {
-        "data_sha256": prepare.fingerprint(data), "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size,
-        "parameters": model.num_params(), "steps": steps, "flops": 6 * model.num_params() * steps * B * T,
-        "critical_flops": 2.12e15 * (U / 1e6) ** 2.174, "unigram_entropy": -(p * p.log()).sum().item(),
-        **size_of(blocks, data),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}}
+        "out": config["out"] or new_run_dir(config["objective"]), "processes": processes()[1],
+        "dtype": str(dtype).removeprefix("torch."), "batch": batch.__name__,
+        "data_sha256": prepare.fingerprint(data),
+        "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size, "parameters": N, "steps": steps,
+        "flops": 6 * N * steps * B * T, "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,
+        "eval_tokens": blocks.numel(),
+        "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum()),
+        "unigram_entropy": torch.special.entr(p).sum().item(), "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                     "numpy": np.__version__}}
 
 
-def print_header(c, device_line):
-    """The run in a few lines: what is learned from what, how much work it is, what the paper's law says of it."""
-    per_epoch = c["unique_tokens"] // c["block_size"] / c["batch_size"]
-    print(f"{device_line}; preset {c['preset']}\n"
-          f"objective {c['objective']}, {c['parameters'] / 1e6:.2f}M parameters, {c['optimizer']} lr {c['lr']:g}, "
-          f"weight decay {c['weight_decay']:g}, dropout {c['dropout']:g}, seed {c['seed']}\n"
-          f"{c['unique_tokens']:,} unique tokens of {c['data']}, {c['epochs']:g} epochs of {per_epoch:.1f} steps of "
-          f"{c['batch_size']} x {c['block_size']} tokens: {c['steps']:,} steps\n"
-          f"{c['flops']:.2e} FLOPs, {c['flops'] / c['critical_flops']:.2g} times the paper's critical compute for this "
-          f"many tokens ({c['critical_flops']:.1e}, extrapolated)\n"
-          f"evaluating {c['eval_tokens']:,} tokens of {c['split']}; knowing their frequencies only would score "
-          f"{c['unigram_entropy']:.3f} nats per token (unigram entropy)\nrun directory {c['out']}", flush=True)
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end, and it has been saved; args: the signal's number, the run directory."""
-
-
-def show(record, objective, name="val"):
-    """One line for one evaluation; the sign says whether the number is exact or a bound."""
-    sign, error = ("<=", f" ± {record[f'{name}_stderr']:.3f}") if objective == "diffusion" else ("=", "")
-    return f"val {sign} {record[f'{name}_loss']:.3f}{error} nats/token, {sign} {record[f'{name}_bpb']:.3f} bits/byte"
+def new_run_dir(objective):
+    """out/ar, out/ar-2, ...: the first that is not taken."""
+    number = 1
+    while Path(name := f"out/{objective}-{number}".removesuffix("-1")).exists():
+        number += 1
+    return name
 
 
 def evaluation_steps(config):
-    """The steps after which to evaluate: every eval_every epochs, or after 1, 1.5, 2, 3, 4, 6, ...; and the last."""
-    steps, per_epoch = config["steps"], config["unique_tokens"] // config["block_size"] / config["batch_size"]
+    """The steps after which to evaluate: every eval_every epochs, or after 1, 1.5, 2, 3, ...; the last."""
+    steps = config["steps"]
+    per_epoch = config["unique_tokens"] // config["block_size"] / config["batch_size"]
     if config["eval_every"]:
         every = max(1, config["eval_every"] * per_epoch)
         due = {round(every * i) for i in range(1, int(steps / every) + 1)}
@@ -296,243 +258,217 @@ def evaluation_steps(config):
     return {step for step in due if 0 < step < steps} | {steps}
 
 
-def score(config, model, blocks, device, dtype, passes=2):
-    """The held-out loss of a model: nats per token, its standard error, bits per byte."""
-    with precision(device, dtype):
-        loss, stderr = evaluate(model, blocks, passes)
-    return {"loss": loss, "stderr": stderr, "bpb": loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)}
-
-
-def agreed(number, device):
-    """The largest of the numbers that the processes bring, the same for all of them."""
-    number = torch.tensor(number, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
-
-
-@contextlib.contextmanager
-def run_directory(out):
-    """Make the directory of a run and hold it; the lock goes when the process does, however that ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is in use by another run: wait for it, or choose another --out") from None
-        yield
-
-
-def join_processes(config):
-    """(rank, world) of this process under torchrun, (0, 1) without. Raises UserError if the batch can not be shared."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if config["batch_size"] % (2 * world):
-        raise UserError(f"--batch_size={config['batch_size']}: {world} processes need a multiple of {2 * world}")
-    if world > 1:
-        if gpu := torch.cuda.is_available() and config["device"] in ("auto", "cuda"):
-            if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
-                raise UserError(f"process {local} has no GPU, there are {torch.cuda.device_count()}: start fewer")
-            torch.cuda.set_device(local)
-        if not dist.is_initialized():  # an hour, as the others wait while rank 0 prepares a corpus or evaluates
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
-    return rank, world
-
-
-def train(config, saved=None, stop=lambda: 0, batch=None):
-    """Run what make_config describes, or go on from a saved checkpoint; return the log (rank 0), a list of records.
-
-    stop() is asked after every step and returns the number of a signal to end on, or 0. batch: in place of get_batch,
-    for experiments. Under torchrun every process computes its rows of each batch; rank 0 alone evaluates and writes.
-    Raises UserError for what the caller can mend, prepare.DataError for the corpus, Interrupted after a signal.
-    """
-    config, batch = dict(config), batch or get_batch
-    if config.setdefault("batch", batch.__name__) != batch.__name__:
-        raise UserError(f"this run was begun with other batches, {config['batch']}: resume it with the same script")
-    rank, world = join_processes(config)
-    device, dtype, device_line = choose_device(config["device"], config["dtype"])
-    if rank:
-        dist.barrier()  # rank 0 first: it prepares a corpus that is not there yet
-    data, tokens, blocks = open_data(config)
-    if world > 1 and not rank:
-        dist.barrier()
-    out = Path(config["out"] or new_run_dir(config["objective"]))
-    torch.manual_seed(derive(config["seed"], "weights"))
-    try:
-        model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
-    except RuntimeError as error:
-        raise UserError(f"no memory for {config['n_layer']} layers of {config['n_embd']} channels: {error}") from None
-    if saved:
-        state = saved["state"]
-        model.load_state_dict(saved["model"])
-    else:
-        state = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0, "best": None}
-        config = config | {"out": str(out), "dtype": str(dtype).removeprefix("torch."), "processes": world}
-        config = describe(config, data, tokens, blocks, model)
-    model.to(device)
-    tokens = tokens.to(device)
-    optimizers = make_optimizers(model, config["optimizer"], config["lr"], config["weight_decay"])
-    for optimizer, values in zip(optimizers, saved["optimizers"] if saved else [], strict=bool(saved)):
-        optimizer.load_state_dict(values)
-    steps, B, due = config["steps"], config["batch_size"], evaluation_steps(config)
-    rows, per_step = slice(rank * B // world, (rank + 1) * B // world), B * config["block_size"]
-    run = compiled(model, batch(config, tokens, 0, rows), device, dtype) if config["compile"] else model
-    if world > 1:
-        run = torch.nn.parallel.DistributedDataParallel(run)
-    loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64, device=device)  # stays there: to read it is to wait
-    started, begun = time.perf_counter() - state["seconds"], state["step"]
-    since = time.perf_counter(), begun  # the last pause of training, to tell its speed
-
-    def save(name):
-        state.update(loss_sum=loss_sum.item(), seconds=time.perf_counter() - started)
-        content = {"config": config, "tokenizer": data.tokenizer.spec, "state": state, "model": model.state_dict()}
-        if name == "last.pt":
-            content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(out / name, content)
-
-    def check(**values):
-        if not all(map(math.isfinite, values.values())):
-            raise UserError(f"{', '.join(f'{name} {value:.4g}' for name, value in values.items())} at step "
-                            f"{state['step']}, learning rate {lr:.2g}: begin anew with --lr={config['lr'] / 3:.2g}; "
-                            f"{out / 'last.pt'} holds the last good state")
-
-    def report():
-        """Evaluate, keep the best checkpoint, log one record."""
-        seen = state["step"] * per_step
-        record = {"epoch": seen / (len(tokens) // config["block_size"] * config["block_size"]),
-                  "step": state["step"], "tokens": seen, "flops": 6 * config["parameters"] * seen,
-                  "train_loss": loss_sum.item() / state["loss_steps"],
-                  **{f"val_{k}": v for k, v in score(config, model, blocks, device, dtype).items()}, "lr": lr}
-        check(train_loss=record["train_loss"], val_loss=record["val_loss"])
-        loss_sum.zero_()
-        state["loss_steps"] = 0
-        if state["best"] is None or record["val_loss"] < state["best"]["val_loss"]:
-            state["best"] = dict(record)
-            save("best.pt")
-        if state["step"] == steps:  # once more with more masks, alike for the final and the best model
-            final = best = score(config, model, blocks, device, dtype, config["final_passes"])
-            if state["best"]["step"] < steps:
-                best = model_from_checkpoint(load_checkpoint(out / "best.pt")).to(device)
-                best = score(config, best, blocks, device, dtype, config["final_passes"])
-            record |= {f"final_{k}": v for k, v in final.items()} | {f"best_{k}": v for k, v in best.items()}
-        record["seconds"] = round(time.perf_counter() - started, 1)
-        records.append(record)
-        with open(out / "log.jsonl", "ab") as f:
-            f.write(json.dumps(record).encode() + b"\n")
-            f.flush()
-            os.fsync(f.fileno())
-        bar.write(f"epoch {record['epoch']:7.2f}  train {record['train_loss']:.3f}  "
-                  + show(record, config["objective"]))
-
-    with (contextlib.nullcontext() if rank else run_directory(out),
-          tqdm(total=steps * per_step, initial=begun * per_step, unit="tok", unit_scale=True,
-               disable=True if rank else None, dynamic_ncols=True) as bar):
-        if not rank:
-            print_header(config, device_line)
-            if not saved:
-                if (out / "log.jsonl").exists() or (out / "last.pt").exists():
-                    raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
-                save("last.pt")  # before the log, so that whatever has a log can be resumed
-            logged = {r["step"]: r for r in read_log(out / "log.jsonl") if isinstance(r, dict) and "step" in r}
-            if state["best"] and state["best"]["step"] not in logged:
-                raise UserError(f"{out / 'log.jsonl'} lacks what was evaluated before step {begun}: put it back")
-            records = [{"config": config}] + [row for step, row in logged.items() if step <= begun]
-            write_atomic(out / "log.jsonl", lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in records))
-        while state["step"] < steps:
-            lr = learning_rate(state["step"], steps, config["lr"])
-            if config["dropout"]:
-                torch.manual_seed(derive(config["seed"], "dropout", state["step"], rank))
-            with precision(device, dtype):
-                loss = run(**batch(config, tokens, state["step"], rows)).mean()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            look = device.type == "cpu" or state["step"] % 50 == 0  # a GPU has to wait for an answer: not every step
-            if look:
-                check(loss=loss.item(), gradient_norm=norm.item())
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum += loss.detach()
-            state["step"] += 1
-            state["loss_steps"] += 1
-            bar.update(per_step)
-            if state["step"] == begun + 20 and not rank:
-                minutes = (time.perf_counter() - since[0]) / (begun + 20 - since[1]) * (steps - begun - 20) / 60
-                bar.write(f"about {minutes:.1f} minutes to go, evaluations not counted")
-            signum = stop()
-            if world > 1:  # all end after the same step
-                signum = agreed(signum, device) if look else 0
-            if state["step"] in due or signum:
-                if world > 1:
-                    dist.all_reduce(loss_sum)
-                    loss_sum /= world
-                check(loss=loss_sum.item(), gradient_norm=norm.item())
-                if rank:
-                    loss_sum.zero_()
-                else:
-                    if state["step"] in due:
-                        report()
-                    save("last.pt")
-                since = time.perf_counter(), state["step"]
-            elif world == 1 and time.perf_counter() - since[0] > SAVE_SECONDS:
-                save("last.pt")
-                since = time.perf_counter(), state["step"]
-            if signum and state["step"] < steps:
-                raise Interrupted(signum, out)
-    if rank:
-        return []
-    plot_losses(records, out / "loss.png")
-    return records
-
-
-def reopen(run, given, name="last.pt", free=FREE_ON_RESUME):
-    """The config and the checkpoint to resume a run with. Raises UserError if a flag that is not free contradicts."""
-    saved = load_checkpoint(Path(run) / name)
-    config = saved["config"]
-    if missing := set(FLAGS) - set(config):
-        raise UserError(f"{run}/{name} knows no --{min(missing)}: an older version wrote it, train it anew")
-    if name == "last.pt" and "optimizers" not in saved:
-        raise UserError(f"{run}/last.pt has no optimizer state, so nothing can go on from it: is it a copy of best.pt?")
-    different = [f"--{key}={value} (the run has {config[key]})" for key, value in given.items()
-                 if key not in free and value != config[key]]
+def reopen(run, given, batch=get_batch):
+    """The config and the checkpoint to resume a run with. Raises UserError if a flag contradicts the run."""
+    if not run:
+        raise UserError("--resume names no run: is a variable empty?")
+    saved = load_checkpoint(Path(run) / "last.pt")
+    config = as_of_now(saved["config"])
+    if "optimizers" not in saved:
+        raise UserError(f"{run}/last.pt has no optimizer state to go on from: is it a copy of best.pt?")
+    if config["batch"] != batch.__name__:
+        raise UserError(f"{run} was begun with the batches {config['batch']}: resume it with the same script")
+    different = [f"--{name}={value} (the run has {config[name]})" for name, value in given.items()
+                 if name not in ("device", "compile") and value != config[name]]
     if different:
-        raise UserError(f"{run} can not go on with other settings: {', '.join(different)}; leave them out")
-    return config | {key: given[key] for key in free & set(given)} | {"out": str(run)}, saved
+        raise UserError(f"{run} can not go on with other settings: {', '.join(different)}; leave them out, "
+                        f"or begin a new run with its weights by --init={run}")
+    if "records" not in saved:  # an older version kept them in the log alone
+        log = sample.read_log(Path(run))[1:]
+        saved["records"] = [record for record in log if record["step"] <= saved["state"]["step"]]
+    return config | given | {"out": str(run)}, saved
 
 
-def score_again(run, given):
-    """Evaluate the best and the last checkpoint of a run as after its last step, and print a JSON line for each.
+def take_weights(model, run, tokenizer):
+    """Begin with the best weights of another run. Raises UserError where tokenizer or shape do not fit."""
+    if not run:
+        return
+    saved = load_checkpoint(Path(run) / "best.pt")
+    if saved["tokenizer"] != tokenizer.spec:
+        raise UserError(f"--init={run}: it has another tokenizer; prepare your text with its own, by "
+                        f"python prepare.py --tokenizer={saved['config']['data']} --input FILE")
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError:
+        shape = " ".join(f"--{name}={saved['config'][name]}" for name in ("n_layer", "n_head", "n_embd"))
+        raise UserError(f"--init={run}: its network has another shape, {shape}") from None
 
-    With another --split than the run's: settings and the best epoch chosen on tune can be reported on val. For
-    diffusion also left_to_right, its exact loss when the tokens are revealed from left to right (T passes a block).
+
+def as_of_now(config):
+    """The config of an older run with today's flags: one that it lacks has the value meaning "as before"."""
+    before = BEFORE | {"final_draws": config.get("final_passes", 24)}
+    if config.get("hide"):  # once a flag of train.py, today notebooks/why.py hide
+        config = config | {"batch": f"hide({config['hide']})"}
+    return config | {name: value for name, value in before.items() if name not in config}
+
+
+def say(*lines):
+    """Print beside the progress bar, and at once where the output is a file."""
+    tqdm.write("\n".join(lines))
+    sys.stdout.flush()
+
+
+class Run:
+    """The directory of a run with its log and checkpoints, and how far the run is.
+
+    Every process has one; that of rank 0 alone evaluates, writes and prints.
     """
-    step, result = None, {}
-    for name in ("best", "last"):
-        config, saved = reopen(run, given, f"{name}.pt", FREE_ON_RESUME | {"split"})
-        if saved["state"]["step"] != step:  # or the best is the last: told again, not computed again
-            step = saved["state"]["step"]
-            device, dtype, _ = choose_device(config["device"], config["dtype"])
-            data, _, blocks = open_data(config)
-            config |= size_of(blocks, data)
-            model = model_from_checkpoint(saved).to(device)
-            result = score(config, model, blocks, device, dtype, config["final_passes"])
-            if config["objective"] == "diffusion":
-                with precision(device, dtype):
-                    exact = [chain_rule_nll(model, x.to(device)) for x in blocks.split(64)]
-                result["left_to_right"] = torch.cat(exact).mean().item()
-        print(json.dumps({"run": str(run), "checkpoint": name, "step": step, "split": config["split"], **result}))
+
+    def __init__(self, config, saved, model, optimizers, tokenizer, blocks, device_line):
+        self.config, self.out, self.saved = config, Path(config["out"]), saved
+        self.model, self.optimizers, self.tokenizer, self.blocks = model, optimizers, tokenizer, blocks
+        self.state = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
+        self.log, self.device_line = [{"config": config}], device_line
+        if saved:
+            self.state, self.log = saved["state"], self.log + saved["records"]
+            model.load_state_dict(saved["model"])
+            for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+        self.step, self.device = self.state["step"], model.embed.weight.device
+        self.rank, self.world = processes()
+        self.loss_sum = torch.tensor(self.state["loss_sum"], dtype=torch.float64, device=self.device)
+        self.per_step = config["batch_size"] * config["block_size"]  # tokens
+        self.lock = filelock.FileLock(self.out / ".lock")
+
+    def __enter__(self):
+        out, self.started = self.out, time.perf_counter() - self.state["seconds"]
+        if not self.rank:
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0)  # it goes when the process does, however that ends
+            except filelock.Timeout:
+                raise UserError(f"{out} is in use by another run: wait, or choose another --out") from None
+            if not self.saved and ((out / "log.jsonl").exists() or (out / "last.pt").exists()):
+                raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
+            say(self.device_line, sample.header(self.config))
+        self.save()
+        total = self.config["steps"] * self.per_step
+        self.bar = tqdm(total=total, initial=self.step * self.per_step, unit="tok", unit_scale=True,
+                        dynamic_ncols=True, disable=True if self.rank else None)
+        return self
+
+    def __exit__(self, error, *_):
+        self.bar.close()
+        self.lock.release()
+        if not self.rank and not error:
+            say(sample.conclude(self.log))
+
+    def count(self, loss, norm):
+        """Count a step, its mean loss and the norm of its gradient."""
+        if self.world > 1:
+            dist.all_reduce(loss)
+            loss /= self.world
+        self.loss_sum += loss  # on the device, as a GPU would have to wait for the number
+        self.step += 1
+        self.state["loss_steps"] += 1
+        self.bar.update(self.per_step)
+        self.looking = self.device.type == "cpu" or self.step % 50 == 0
+        if self.looking:
+            self.demand_finite(loss=loss.item(), gradient_norm=norm.item())
+            self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+    def demand_finite(self, **values):
+        """Raise UserError unless all values are finite: a diverged run must not replace what was good."""
+        if not all(map(math.isfinite, values.values())):
+            found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise UserError(f"{found} at step {self.step}: begin anew with --lr={self.config['lr'] / 3:.2g}; "
+                            f"{self.out / 'last.pt'} holds the last good state")
+
+    def evaluate(self):
+        """Score the held-out blocks, keep the best network and add a record to the log."""
+        c, seen = self.config, self.step * self.per_step
+        train_loss = self.loss_sum.item() / self.state["loss_steps"]
+        self.loss_sum.zero_()
+        self.state["loss_steps"] = 0
+        if self.rank:
+            return
+        epoch = seen / (c["unique_tokens"] // c["block_size"] * c["block_size"])
+        record = {"epoch": epoch, "step": self.step, "tokens": seen, "flops": 6 * c["parameters"] * seen,
+                  "train_loss": train_loss, **score(c, self.model, self.blocks, prefix="val_"),
+                  "lr": self.optimizers[0].param_groups[0]["lr"]}
+        self.demand_finite(train_loss=train_loss, val_loss=record["val_loss"])
+        self.log.append(record)
+        if record is min(self.log[1:], key=lambda r: r["val_loss"]):
+            self.save("best.pt")
+        if self.step == c["steps"]:  # the last and the best network once more, alike, with more mask draws
+            best = model_from_checkpoint(load_checkpoint(self.out / "best.pt")).to(self.device)
+            record |= score(c, self.model, self.blocks, c["final_draws"], "final_")
+            record |= score(c, best, self.blocks, c["final_draws"], "best_")
+        record["seconds"] = round(time.perf_counter() - self.started, 1)
+        left = record["seconds"] * (c["steps"] / self.step - 1) / 60
+        say(f"epoch {epoch:7.2f}  train {train_loss:.3f}  {sample.show(record, c)}  {left:.1f} min left")
+
+    def agree(self, ending):
+        """Whether to end, the same for all processes: they have to leave the loop after the same step."""
+        if self.world == 1:
+            return bool(ending)
+        ending = torch.tensor(int(bool(ending)), device=self.device)
+        if self.looking:
+            dist.all_reduce(ending, dist.ReduceOp.MAX)
+        return self.looking and bool(ending)
+
+    def unsaved_for_long(self):
+        return self.world == 1 and time.perf_counter() - self.saved_at > SAVE_SECONDS
+
+    def save(self, name="last.pt"):
+        """Write a checkpoint, and the log with it (rank 0)."""
+        if self.rank:
+            return
+        self.demand_finite(loss_sum=self.loss_sum.item())
+        self.state |= {"step": self.step, "loss_sum": self.loss_sum.item(),
+                       "seconds": time.perf_counter() - self.started}
+        content = {"config": self.config, "tokenizer": self.tokenizer.spec, "state": self.state,
+                   "records": self.log[1:], "model": self.model.state_dict()}
+        if name == "last.pt":
+            content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_checkpoint(self.out / name, content)
+        lines = "".join(json.dumps(record) + "\n" for record in self.log)
+        write_atomic(self.out / "log.jsonl", lambda f: f.write(lines.encode()))
+        self.saved_at = time.perf_counter()
 
 
-def new_run_dir(objective):
-    """out/ar, out/ar-2, ...: the first that is not taken."""
-    paths = (Path("out") / (f"{objective}-{i}" if i > 1 else objective) for i in itertools.count(1))
-    return next(path for path in paths if not path.exists())
+def score(config, model, blocks, draws=2, prefix=""):
+    """The held-out loss of a model as a dict: loss in nats per token, its stderr, bpb: bits per byte."""
+    with precision(model.embed.weight.device, getattr(torch, config["dtype"])):
+        loss, stderr = evaluate(model, blocks, draws)
+    bits = loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)
+    return {f"{prefix}loss": loss, f"{prefix}stderr": stderr, f"{prefix}bpb": bits}
 
 
-def main(argv=None, batch=None):
-    given = parse(argv)
-    run, eval_only = given.pop("resume"), given.pop("eval_only")
+def accelerate(model, batch, compile, dtype):
+    """What the loop calls: the model, compiled if asked for; under torchrun its gradients are averaged."""
+    network = model
+    if compile:
+        try:
+            network = torch.compile(model, options={"fallback_random": True})  # the same dropout
+            with precision(batch["x"].device, dtype):
+                network(**batch).mean().backward()
+        except Exception as error:  # no compiler, no backend for this system, ...: all mean the same to us
+            reason = str(error).strip().split("\n")[0]
+            say(f"--compile does not work here: {type(error).__name__}: {reason}")
+            network = model
+        model.zero_grad()
+    return torch.nn.parallel.DistributedDataParallel(network) if processes()[1] > 1 else network
+
+
+def parse(argv):
+    """The flags that a command line gives, as a dict: those of FLAGS, preset, resume and compare."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=("laptop", "gpu"), help="values for all flags below [by device]")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+    parser.add_argument("--compare", metavar=("RUN_A", "RUN_B"), nargs=2,
+                        help="draw both into RUN_B/crossing.png, and say where one overtakes the other")
+    for name, (kind, laptop, gpu, _, text) in FLAGS.items():
+        default = f"{laptop}" if laptop == gpu else f"laptop {laptop}, gpu {gpu}"
+        value = {"type": kind, "metavar": kind.__name__}
+        if kind is bool:
+            value = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{name}", help=f"{text} [{default}]".replace("%", "%%"), **value)
+    return vars(parser.parse_args(argv))
+
+
+def main(argv=None, batch=get_batch):
+    """The command line. Returns its exit code: 0; 2 after an error that a person can mend; 128 + a signal."""
     signals = []
 
     def note(number, _):
@@ -540,52 +476,35 @@ def main(argv=None, batch=None):
         signal.signal(number, signal.SIG_DFL)  # the first lets the step end and saves, a second ends at once
 
     try:
-        if run == "":
-            raise UserError("--resume= names no run: is a variable empty?")
-        if eval_only:
-            if not run:
-                raise UserError("--eval_only scores a run that is there: name it with --resume=out/NAME")
-            score_again(run, given)
+        given = parse(argv)
+        if "compare" in given:
+            say(sample.compare(*given["compare"]))
             return 0
-        config, saved = reopen(run, given) if run else (make_config(**given), None)
+        run = given.pop("resume", None)
+        config, saved = (make_config(**given), None) if run is None else reopen(run, given, batch)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
-        records = train(config, saved, stop=lambda: signals[0] if signals else 0, batch=batch)
+        train(config, saved, stop=lambda: signals, batch=batch)
+        return 128 + signals[0] if signals else 0
     except (UserError, prepare.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        told = error
     except OSError as error:
-        print(f"error: {error}\nwhat was written before is whole: mend that, then go on with --resume", file=sys.stderr)
-        return 2
-    except Interrupted as stopped:
-        number, out = stopped.args
-        if not int(os.environ.get("RANK", 0)):
-            print(f"\nsaved; go on with: python train.py --resume={shlex.quote(str(out))}")
-        return 128 + number
-    except KeyboardInterrupt:  # before the first step, or in --eval_only: there is nothing to save
-        return 128 + signal.SIGINT
+        told = f"{error}\nwhat was written before is whole: mend that, then go on with --resume"
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        print(f"error: {str(error).strip().partition(chr(10))[0]}\nlikely another process of this run has ended and "
-              "took this one along; what was saved is whole: go on with --resume", file=sys.stderr)
-        return 2
+        told = (f"{str(error).strip().splitlines()[0]}\nlikely another process of this run ended and took "
+                "this one along; what was saved is whole: go on with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if not records:  # those of rank 0 tell
-        return 0
-    objective, last = records[0]["config"]["objective"], records[-1]
-    best, out = min(records[1:], key=lambda r: r["val_loss"]), run or records[0]["config"]["out"]
-    print(f"best   epoch {best['epoch']:.4g}: {show(last, objective, 'best')}\n"
-          f"final  epoch {last['epoch']:.4g}: {show(last, objective, 'final')}\n"
-          f"curve in {out}/loss.png; text from it: python sample.py --run={shlex.quote(str(out))}")
-    return 0
+    print(f"error: {told}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
     code = main()
-    if "RANK" in os.environ:  # no tidying up: a thread of Gloo's that does so late aborts the process (PyTorch #190489)
+    if "RANK" in os.environ:  # no tidying up: a late thread of Gloo's aborts the process (PyTorch #190489)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -10,9 +10,15 @@ ever falls with more epochs, so it can not follow an AR model that overfits; tab
 """
 
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sample import crossing  # noqa: E402, F401  the notebooks take it from here
 
 # Published as A = 521, B = 1488, alpha = beta = 0.353, E0 = 1.87, R_D = 15.39, R_N = 5.31. Those give 2.2236 for their
 # check value L(6.34e9, 242e9 tokens of 25e9 unique) = 2.2256; the digits below give it.
@@ -109,21 +115,6 @@ def worth_measured(rows):
                 found.append(r | {"worth": u * (v / u) ** share / r["U"]})
                 break
     return found
-
-
-def crossing(ar, diffusion):
-    """Where the curve [(x, loss)] of diffusion first goes under AR's: x by linear interpolation in log x, or None."""
-    def height(curve, x):
-        for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
-            if x0 <= x <= x1:
-                return y0 + (y1 - y0) * math.log(x / x0) / math.log(x1 / x0)
-
-    low, high = (choose(ar[end][0], diffusion[end][0]) for end, choose in ((0, max), (-1, min)))
-    xs = sorted({x for x, _ in [*ar, *diffusion] if low <= x <= high})
-    gaps = [height(diffusion, x) - height(ar, x) for x in xs] if len(xs) > 1 else []
-    for x0, x1, g0, g1 in zip(xs, xs[1:], gaps, gaps[1:], strict=False):
-        if g0 > 0 >= g1:
-            return x0 * (x1 / x0) ** (g0 / (g0 - g1))
 
 
 class Fit(NamedTuple):

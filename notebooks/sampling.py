@@ -2,12 +2,12 @@
 
     python notebooks/sampling.py --ar=out/ar --diffusion=out/diffusion
 
-From a trained run of each objective it draws samples of one block, in every order with T, T/2, T/4, ..., 1 steps, and
-measures each kind by four numbers that a good text must satisfy together:
+From a trained run of each objective it draws samples of one block, in every order with T, T/2, T/4, ..., 1
+steps, and measures each kind by four numbers that a good text must satisfy together:
 
   seconds      to write them; cpu_seconds do not count the time in which other programs had the processor
-  nll          nats per token under both models, of which the one that did not write them is the fairer judge: exact for
-               AR, a bound for diffusion. Held-out text stands beside it. Dull and repeated text scores low here,
+  nll          nats per token under both models: exact for AR, a bound for diffusion. The model that did not
+               write a text is the fairer judge of it. Dull and repeated text scores low here;
   distinct4    the share of different ones among all sequences of 4 tokens, finds that out: it falls then
   memorised    the share of sequences of 8 tokens that stand in the training text
 
@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from model import UserError, evaluate, load_checkpoint, model_from_checkpoint  # noqa: E402
 from prepare import load  # noqa: E402
-from sample import memorised, sample_ar, sample_diffusion  # noqa: E402
+from probe import memorised  # noqa: E402
+from sample import sample_ar, sample_diffusion  # noqa: E402
 
 RESULT = ROOT / "notebooks" / "results" / "sampling.json"
 
@@ -42,10 +43,10 @@ def distinct(ids, n=4):
 
 
 def quality(ids, models, training):
-    """The measurements of samples ids (B, T); models: {"ar": model, "diffusion": model}; training: (U,) token ids."""
+    """The measurements of samples ids (B, T); models: {"ar": ..., "diffusion": ...}; training: (U,) ids."""
     row = {"distinct4": distinct(ids), "memorised": memorised(ids, training)}
     for name, model in models.items():
-        row[f"nll_{name}"], row[f"nll_{name}_stderr"] = evaluate(model, ids, passes=4)
+        row[f"nll_{name}"], row[f"nll_{name}_stderr"] = evaluate(model, ids, draws=4)
     return row
 
 
@@ -69,7 +70,7 @@ def halvings(T):
 
 
 def measure(models, training, held_out, count, seed, orders=("random", "confidence", "left")):
-    """All rows of the table: held-out text, AR with and without its cache, diffusion in every order and step number."""
+    """All rows of the table: held-out text, AR with and without its cache, diffusion by order and steps."""
     T = models["ar"].config.block_size
     rows = [{"writer": "held-out text"} | quality(held_out[:count], models, training)]
     for use_cache in (True, False):
@@ -80,20 +81,23 @@ def measure(models, training, held_out, count, seed, orders=("random", "confiden
     for order in orders:
         for steps in halvings(T):
             ids, took = write(models["diffusion"], count, seed, steps, order)
-            rows.append({"writer": "diffusion", "order": order, "steps": steps} | took | quality(ids, models, training))
+            row = {"writer": "diffusion", "order": order, "steps": steps} | took
+            rows.append(row | quality(ids, models, training))
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
 def table(rows):
     """The rows as lines of Markdown."""
-    lines = ["| writer | passes | seconds | nats per token: AR | diffusion | distinct 4 | memorised |",
+    lines = ["| writer | forward passes | seconds | nats/token: AR | diffusion | distinct 4 | memorised |",
              "|---|---|---|---|---|---|---|"]
     for r in rows:
-        name = r["writer"] + (f", {r['order']}" if "order" in r else ", no cache" if r.get("cache") is False else "")
-        passes, seconds = r.get("network_evaluations", ""), f"{r['cpu_seconds']:.2f}" if "cpu_seconds" in r else ""
-        lines.append(f"| {name} | {passes} | {seconds} | = {r['nll_ar']:.2f} | <= {r['nll_diffusion']:.2f} | "
-                     f"{r['distinct4']:.1%} | {r['memorised']:.1%} |")
+        name = r["writer"] + (f", {r['order']}" if "order" in r else "")
+        name += ", no cache" if r.get("cache") is False else ""
+        evaluations = r.get("network_evaluations", "")
+        seconds = f"{r['cpu_seconds']:.2f}" if "cpu_seconds" in r else ""
+        lines.append(f"| {name} | {evaluations} | {seconds} | = {r['nll_ar']:.2f} | "
+                     f"<= {r['nll_diffusion']:.2f} | {r['distinct4']:.1%} | {r['memorised']:.1%} |")
     return "\n".join(lines)
 
 
@@ -103,7 +107,7 @@ def main(argv=None):
     parser.add_argument("--diffusion", type=Path, default=Path("out/diffusion"), help="... [out/diffusion]")
     parser.add_argument("--count", type=int, default=64, help="samples of every kind [64]")
     parser.add_argument("--seed", type=int, default=1, help="[1]")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where to write [notebooks/results/sampling.json]")
+    parser.add_argument("--json", type=Path, default=RESULT, help="[notebooks/results/sampling.json]")
     args = parser.parse_args(argv)
     try:
         saved = {name: load_checkpoint(getattr(args, name) / "best.pt") for name in ("ar", "diffusion")}
@@ -112,8 +116,9 @@ def main(argv=None):
         c = configs["diffusion"]
         if [configs[name]["objective"] for name in configs] != list(configs):
             raise UserError("--ar takes an AR run and --diffusion a diffusion run")
-        if any(configs["ar"][name] != c[name] for name in ("data_sha256", "block_size", "unique_tokens", "split")):
-            raise UserError("the two runs were trained or scored on different data or blocks: they can not be compared")
+        same = ("data_sha256", "block_size", "unique_tokens", "split")
+        if any(configs["ar"][name] != c[name] for name in same):
+            raise UserError(f"the two runs can not be compared, they differ in one of {', '.join(same)}")
         data, T = load(ROOT / c["data"]), c["block_size"]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -124,9 +129,10 @@ def main(argv=None):
     held_out = blocks[torch.linspace(0, len(blocks) - 1, args.count).long()]
     rows = measure(models, data.splits["train"][:c["unique_tokens"]], held_out, args.count, args.seed)
     told = ("command", "seed", "objective", "parameters", "block_size", "unique_tokens", "epochs", "split")
-    runs = {name: {"step": saved[name]["state"]["step"]} | {key: c[key] for key in told} for name, c in configs.items()}
-    command = shlex.join(["python", "notebooks/sampling.py", f"--ar={args.ar}", f"--diffusion={args.diffusion}",
-                          f"--count={args.count}", f"--seed={args.seed}"])
+    runs = {name: {"step": saved[name]["state"]["step"]} | {key: config[key] for key in told}
+            for name, config in configs.items()}
+    command = shlex.join(["python", "notebooks/sampling.py", f"--ar={args.ar}",
+                          f"--diffusion={args.diffusion}", f"--count={args.count}", f"--seed={args.seed}"])
     result = {"command": command, "seed": args.seed, "temperature": 1.0, "checkpoint": "best",
               "threads": torch.get_num_threads(), "runs": runs, "rows": rows,
               "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}

@@ -1,20 +1,18 @@
-"""Experiments for notebook 04: train.py with other batches, and a text of known entropy.
+"""Experiments for notebook 04: train.py with other batches or another network, and a text of known entropy.
 
-    python notebooks/why.py orders 4 --objective=ar --epochs=24         AR on 4 fixed orders, scored from left to right
-    python notebooks/why.py masks 4 --objective=diffusion --epochs=100  diffusion that meets every block under 4 masks
-    python notebooks/why.py reveal 1 --objective=diffusion --epochs=64  diffusion that hides ends of 1 order: suffixes
-    python notebooks/why.py attention --objective=ar --dropout=0.2      AR with its dropout in the attention alone
+    python notebooks/why.py orders 4 --objective=ar --epochs=24         AR on 4 fixed orders, scored left to right
+    python notebooks/why.py masks 4 --objective=diffusion --epochs=100  diffusion, every block under 4 masks
+    python notebooks/why.py reveal 1 --objective=diffusion --epochs=64  diffusion that masks the ends of 1 order
+    python notebooks/why.py hide 0.15 --objective=ar --epochs=24        AR that reads 15 % of its tokens masked
+    python notebooks/why.py attention --objective=ar --dropout=0.2      AR with dropout in the attention alone
     python notebooks/why.py source data/source                          write a corpus of a known Markov source
-    python notebooks/why.py mixture out/diffusion 8                     how loose the bound of a run is, with 8 orders;
-                                                                        on its own split, or on val: add `val`;
-                                                                        of an AR run: what 8 dropout masks gain
 
-All other flags are train.py's.
+All other flags are train.py's. A batch here returns what train.get_batch does: the arguments of GPT.forward, and
+the weight of each block.
 """
 
 import itertools
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -23,43 +21,69 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
 import train  # noqa: E402
-from model import UserError, conditional_nll, draw_mask, make_model  # noqa: E402
+from model import GPT, GPTConfig, fields, make_model, mask_k, uniform_k  # noqa: E402
 
 
 def fixed_orders(N, T, seed):
-    """N orders of T tokens, (N, T) int64: left to right, then random ones. All begin with the first token."""
+    """N orders of T tokens, (N, T) int64: from left to right, then random ones. All begin with the first token."""
     rng = np.random.default_rng(train.derive(seed, "orders"))
     orders = [np.arange(T)] + [np.append(0, 1 + rng.permutation(T - 1)) for _ in range(N - 1)]
     return torch.from_numpy(np.stack(orders))
 
 
+def drawn_orders(N, config, step, rows):
+    """An order for each block of a batch, drawn from fixed_orders anew in every step, (B, T)."""
+    rng = np.random.default_rng(train.derive(config["seed"], "order of a block", step))
+    drawn = rng.integers(N, size=config["batch_size"])[rows]
+    return fixed_orders(N, config["block_size"], config["seed"])[drawn]
+
+
 def orders(N):
     """A batch for train.train in which an AR network reads every block in one of N fixed orders (arXiv 2507.15857).
 
-    Tokens and their positions are permuted together, so that the network knows where what it has read stands: position
-    i + 1 for token i, as in the usual order, and 0 for the start symbol. The order of a block is drawn anew in every
-    step. Evaluation stays left to right, one of the N.
+    Tokens and their positions are permuted together, so that the network knows where what it has read stands:
+    position i + 1 for token i, as in the usual order, and 0 for the start symbol. The network has to be a
+    PermutedGPT. Evaluation stays from left to right, one of the N.
     """
     def batch(config, tokens, step, rows=slice(None)):
-        given = train.get_batch(config, tokens, step, rows)  # x (B, T), and seen where some of it is disturbed
-        B, T = config["batch_size"], config["block_size"]
-        drawn = np.random.default_rng(train.derive(config["seed"], "order of a block", step)).integers(N, size=B)[rows]
-        order = fixed_orders(N, T, config["seed"])[drawn].to(tokens.device)  # (B, T)
+        given, weight = train.get_batch(config, tokens, step, rows)  # x (B, T), and seen where some is replaced
+        order = drawn_orders(N, config, step, rows).to(tokens.device)  # (B, T)
         permuted = {name: value.gather(1, order) for name, value in given.items()}
-        return permuted | {"position": F.pad(order[:, :-1] + 1, (1, 0))}
+        return permuted | {"position": F.pad(order[:, :-1] + 1, (1, 0))}, weight
     batch.__name__ = f"orders({N})"
     return batch
 
 
-def masks(M):
-    """A batch for train.train in which diffusion meets every block under M fixed masks in turn; 0: under fresh ones.
+class PermutedGPT(GPT):
+    """A GPT whose forward also takes position, (B, T): where the tokens it reads stand, if not at 0..T-1."""
 
-    Blocks are cut at the same places in all epochs, so that a block comes back with exactly the tokens and, after M
-    epochs, exactly the mask that it had.
+    position = None
+
+    def forward(self, x, mask=None, index=None, seen=None, position=None):
+        self.position = position
+        loss = super().forward(x, mask, index, seen)
+        self.position = None
+        return loss
+
+    def rotation(self, start, T):
+        if self.position is None:
+            return super().rotation(start, T)
+        return self.cos[self.position][:, None], self.sin[self.position][:, None]  # (B, 1, T, D): for all heads
+
+
+def permuted(config):
+    """model.make_model, of a PermutedGPT."""
+    return PermutedGPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)}))
+
+
+def masks(M):
+    """A batch for train.train in which diffusion meets every block under M fixed masks in turn; 0: fresh ones.
+
+    Blocks are cut at the same places in all epochs, so that a block comes back with exactly the tokens and, after
+    M epochs, exactly the mask that it had.
     """
     def batch(config, tokens, step, rows=slice(None)):
         seed, B, T = config["seed"], config["batch_size"], config["block_size"]
@@ -67,31 +91,42 @@ def masks(M):
         places = range(step * B, (step + 1) * B)[rows]
         block = [int(np.random.default_rng(train.derive(seed, "order", i // n)).permutation(n)[i % n]) for i in places]
         x = tokens[: n * T].view(n, T)[block]  # (B, T)
-        drawn = {epoch: draw_mask(n, T, torch.Generator().manual_seed(train.derive(seed, "fixed", epoch)))
-                 for epoch in {i // n % (M or sys.maxsize) for i in places}}
+        drawn = {}
+        for epoch in {i // n % (M or sys.maxsize) for i in places}:
+            generator = torch.Generator().manual_seed(train.derive(seed, "fixed", epoch))
+            drawn[epoch] = mask_k(uniform_k(n, T, generator), T, generator)  # (n, T)
         mask = torch.stack([drawn[i // n % (M or sys.maxsize)][b] for i, b in zip(places, block, strict=True)])
-        return {"x": x, "mask": mask.to(x.device)}
+        return {"x": x, "mask": mask.to(x.device)}, torch.ones(len(x), device=x.device)
     batch.__name__ = f"masks({M})"
     return batch
 
 
 def reveal(N):
-    """A batch for train.train in which diffusion hides the last k tokens of one of N fixed orders; 0: of any order.
+    """A batch for train.train in which diffusion masks the last k tokens of one of N fixed orders; 0: of any order.
 
-    With N = 1 those are suffixes, so that all it ever learns is to go on from a beginning, as AR does. The sizes k are
+    With N = 1 those are suffixes, so that all it ever learns is to go on from a beginning, as AR does. The k are
     those of the usual masks.
     """
     def batch(config, tokens, step, rows=slice(None)):
-        given = train.get_batch(config, tokens, step, rows)
+        given, weight = train.get_batch(config, tokens, step, rows)
         if N:
-            T, x = config["block_size"], given["x"]
-            rng = np.random.default_rng(train.derive(config["seed"], "order of a block", step))
-            drawn = rng.integers(N, size=config["batch_size"])[rows]
-            rank = fixed_orders(N, T, config["seed"]).argsort(1)[drawn].to(x.device)  # (B, T) when a token is revealed
-            mask = rank >= T - given["mask"].sum(1, keepdim=True)
+            rank = drawn_orders(N, config, step, rows).argsort(1).to(tokens.device)  # (B, T) when it is unmasked
+            mask = rank >= config["block_size"] - given["mask"].sum(1, keepdim=True)
             given |= {"mask": mask, "index": mask.flatten().nonzero().squeeze(1)}
-        return given
+        return given, weight
     batch.__name__ = f"reveal({N})"
+    return batch
+
+
+def hide(share):
+    """A batch for train.train in which a share of the tokens that AR reads is the start symbol, its mask."""
+    def batch(config, tokens, step, rows=slice(None)):
+        given, weight = train.get_batch(config, tokens, step, rows)
+        shape = config["batch_size"], config["block_size"]
+        u = np.random.default_rng(train.derive(config["seed"], "noise", step)).random(shape)[rows]
+        hidden = torch.from_numpy(u < share).to(tokens.device)  # (B, T)
+        return given | {"seen": given.get("seen", given["x"]).masked_fill(hidden, config["vocab_size"])}, weight
+    batch.__name__ = f"hide({share})"
     return batch
 
 
@@ -160,66 +195,30 @@ def write_source(folder, train_tokens=65_536, held_out=65_536):
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def mixture(run, K, split=None, N=64):
-    """-log p in nats of each of N held-out blocks under a run's best network: from left to right, in K random orders.
-
-    To reveal tokens one by one in a random order, as the exact sampler does in a text of one block, is to draw from a
-    mixture over orders. Its -log p is that of the mean of p over them, which is under the mean of -log p, the bound;
-    with K of the orders it still comes out too high. An AR network knows one order only, and has no others. One trained
-    with dropout is scored once more with the mean of its predictions over K dropout masks (arXiv 1506.02142): averaged.
-    split: val or tune, or None for the run's own. Returns a dict: left (N numbers), orders (K lists of N), averaged (N
-    numbers, or none). Raises UserError or DataError where train.py would.
-    """
-    saved = train.load_checkpoint(Path(run) / "best.pt")
-    config = saved["config"] | ({"split": split} if split else {})
-    device, dtype, _ = train.choose_device(config["device"], config["dtype"])
-    blocks = train.open_data(config | {"eval_blocks": N})[2]
-    model, rng = train.model_from_checkpoint(saved).to(device), np.random.default_rng(1)
-    left_to_right = np.indices(blocks.shape)[1]  # (N, T): 0 for the token that is revealed first, and so on
-    ar = config["objective"] == "ar"
-    ranks = [left_to_right] + [rng.permuted(left_to_right, axis=1) for _ in range(0 if ar else K)]
-
-    def score(rank):
-        parts = zip(blocks.to(device).split(32), torch.from_numpy(rank).to(device).split(32), strict=True)
-        nll = torch.cat([conditional_nll(model, x, x >= 0, rank) for x, rank in parts])
-        return [round(value, 3) for value in nll.tolist()]
-
-    with train.precision(device, dtype):
-        left, *orders = [score(rank) for rank in tqdm(ranks, unit="order", disable=None)]
-        averaged = []
-        if ar and config["dropout"] and K:
-            torch.manual_seed(0)
-            single = model.train().logits
-            model.logits = lambda idx: sum(single(idx).softmax(-1) for _ in range(K)).log()  # conditional_nll norms it
-            averaged = score(left_to_right)
-    return {"run": run, "command": shlex.join(["python", "notebooks/why.py", *sys.argv[1:]]), "split": config["split"],
-            "block_size": blocks.shape[1], "left": left, "orders": orders, "averaged": averaged}
-
-
 def main():
     words = list(itertools.takewhile(lambda word: not word.startswith("--"), sys.argv[1:]))
     given = sys.argv[1 + len(words):]
     match words:
-        case ["source", _] | ["mixture", _, _] | ["mixture", _, _, "val" | "tune"] if not given:
+        case ["source", folder] if not given:
             try:
-                if words[0] == "source":
-                    write_source(Path(words[1]))
-                else:
-                    print(json.dumps(mixture(words[1], int(words[2]), *words[3:])))
-            except (UserError, ValueError, prepare.DataError) as error:
+                write_source(Path(folder))
+            except (ValueError, prepare.DataError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             return 0
         case ["attention"]:
             objective, batch, train.make_model = "ar", attention, with_dropout_in_attention_only
-        case ["orders" | "masks" | "reveal" as kind, number] if number.isdecimal():
-            objective = "ar" if kind == "orders" else "diffusion"
-            batch = {"orders": orders, "masks": masks, "reveal": reveal}[kind](int(number))
+        case ["hide", share] if share.replace(".", "", 1).isdecimal():
+            objective, batch = "ar", hide(float(share))
+        case ["orders", number] if number.isdecimal() and number != "0":
+            objective, batch, train.make_model = "ar", orders(int(number)), permuted
+        case ["masks" | "reveal" as kind, number] if number.isdecimal():
+            objective, batch = "diffusion", {"masks": masks, "reveal": reveal}[kind](int(number))
         case _:
             print(__doc__)
             return 2
-    if words == ["orders", "0"] or not any(w == f"--objective={objective}" or "--resume" in w for w in given):
-        print(f"error: {' '.join(words)}: it takes --objective={objective}, and orders at least 1", file=sys.stderr)
+    if not any(word == f"--objective={objective}" or word.startswith("--resume") for word in given):
+        print(f"error: {' '.join(words)}: it takes --objective={objective}", file=sys.stderr)
         return 2
     return train.main(given, batch)
 

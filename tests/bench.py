@@ -47,7 +47,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import UserError, choose_device, evaluate, make_model, make_optimizers, precision  # noqa: E402
 from sample import sample_ar, sample_diffusion  # noqa: E402
-from train import compiled, get_batch, make_config  # noqa: E402
+from train import accelerate, descend, get_batch, make_config  # noqa: E402
 
 SHAPES = {  # name: (device kind, n_layer, n_head, n_embd, block_size T, batch_size B, vocab_size V)
     "laptop": ("cpu", 4, 2, 128, 128, 16, 512),
@@ -128,23 +128,21 @@ def our_step(c, device, dtype, optimizer, fuse):
     model = make_model(c).to(device)
     tokens = torch.randint(c["vocab_size"], (UNIQUE,), device=device)
     optimizers = make_optimizers(model, optimizer, 1e-3, c["weight_decay"])
-    run = compiled(model, get_batch(c, tokens, 0), device, dtype) if fuse else model
+    network = accelerate(model, get_batch(c, tokens, 0)[0], fuse, dtype)
     loss_sum, done = torch.tensor(0.0, dtype=torch.float64, device=device), 0
 
     def step():
         nonlocal loss_sum, done
+        inputs, weight = get_batch(c, tokens, done)
         with precision(device, dtype):
-            loss = run(**get_batch(c, tokens, done)).mean()
-        loss.backward()
+            loss = network(**inputs)
+        (weight * loss).mean().backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        descend(optimizers, 1e-3)
+        loss = loss.detach().mean()
         if device.type == "cpu":
             loss.item(), norm.item()
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = 1e-3
-            o.step()
-            o.zero_grad()
-        loss_sum += loss.detach()
+        loss_sum += loss
         done += 1
 
     return model, step
@@ -244,10 +242,10 @@ def evaluations(shape, device, dtype):
         c = shape_config(shape, who)
         T, V, model = c["block_size"], c["vocab_size"], make_model(c).to(device).eval()
         blocks = torch.randint(V, (4 * c["batch_size"], T))
-        passes = 2 if who == "diffusion" else 1
-        work = flops(c, who, model.num_params()) / 3 * 4 * passes
+        draws = 2 if who == "diffusion" else 1
+        work = flops(c, who, model.num_params()) / 3 * 4 * draws
         yield {"what": "evaluate", "who": who, "call": lambda m=model, x=blocks: evaluate(m, x, 2),
-               "tokens": passes * blocks.numel(), "flops": work}
+               "tokens": draws * blocks.numel(), "flops": work}
         start = torch.zeros(1, 0, dtype=torch.int64, device=device)
         if who == "diffusion":
             ways = {f"{n} steps": (sample_diffusion, {"steps": n}) for n in (T, T // 4, T // 16)}

@@ -41,7 +41,7 @@ def test_flops_leave_out_what_diffusion_does_not_compute_where_nothing_is_scored
         c = bench.shape_config("tiny", who)
         model = make_model(c)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(**get_batch(c, torch.randint(c["vocab_size"], (bench.UNIQUE,)), 0)).mean().backward()
+            model(**get_batch(c, torch.randint(c["vocab_size"], (bench.UNIQUE,)), 0)[0]).mean().backward()
         counted[who] = counter.get_total_flops()
     n = model.num_params()
     assert bench.flops(c, "ar", n) - bench.flops(c, "diffusion", n) == counted["ar"] - counted["diffusion"] > 0

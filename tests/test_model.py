@@ -11,7 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_module
 from conftest import any_order_losses, tiny
-from model import GPT, GPTConfig, chain_rule_nll, conditional_nll, draw_mask, evaluate, standard_error
+from model import GPT, GPTConfig, evaluate, make_optimizers, mask_k, standard_error, uniform_k
+from probe import chain_rule_nll, conditional_nll
+
+
+def draw_mask(B, T, generator):
+    """The masks of the bound, as training and evaluation draw them."""
+    return mask_k(uniform_k(B, T, generator), T, generator)
 
 
 def uniform(objective, V=7, T=6):
@@ -239,16 +245,13 @@ def test_diffusion_may_read_other_tokens_than_it_predicts():
     assert torch.allclose(model(x, mask, seen=seen), (nll * mask).sum(1) / mask.sum(1))
 
 
-def test_an_ar_model_may_read_other_tokens_than_it_predicts_and_in_another_order():
+def test_an_ar_model_may_read_other_tokens_than_it_predicts():
     model = tiny("ar")
     V, T = model.config.vocab_size, model.config.block_size
     x, seen = torch.randint(V, (4, T)), torch.randint(V + 1, (4, T))
     logits = model.logits(torch.cat((torch.full((4, 1), V), seen[:, :-1]), dim=1))
     expected = F.cross_entropy(logits.transpose(1, 2), x, reduction="none").mean(1)
     assert torch.allclose(model(x, seen=seen), expected) and torch.equal(model(x, seen=x), model(x))
-    straight = torch.arange(T).expand(4, T)
-    assert torch.allclose(model(x, position=straight), model(x), atol=1e-6)
-    assert not torch.allclose(model(x, position=straight.flip(1)), model(x), atol=1e-3)
 
 
 def test_ar_logits_do_not_see_the_future():
@@ -316,12 +319,38 @@ def test_reported_standard_error_is_the_spread_over_200_seeds():
     assert results[:, 1].std() / results[:, 1].mean() < 0.2  # and a single report is close to it, not only their mean
 
 
-def test_evaluate_restores_training_mode_and_refuses_a_single_pass():
+def test_evaluate_restores_training_mode_and_refuses_a_single_draw():
     model = tiny("diffusion").train()
     evaluate(model, torch.zeros(2, 5, dtype=torch.long))
     assert model.training
-    with pytest.raises(ValueError, match="1 evaluation pass"):
-        evaluate(model, torch.zeros(2, 5, dtype=torch.long), passes=1)
+    with pytest.raises(ValueError, match="1 mask draws"):
+        evaluate(model, torch.zeros(2, 5, dtype=torch.long), draws=1)
+
+
+@pytest.mark.parametrize("N", [1, 2, 7, 64, 65])
+@pytest.mark.parametrize("T", [1, 2, 5, 64, 257])
+def test_evaluate_takes_its_own_masks_and_refuses_a_k_that_is_not_uniform(monkeypatch, N, T):
+    model, blocks = tiny("diffusion", T=T, n_layer=1), torch.zeros(N, T, dtype=torch.long)
+    for seed in range(20):
+        evaluate(model, blocks, seed=seed)
+    for k in (lambda B, T, generator: torch.ones(B), lambda B, T, generator: torch.full((B,), T)):
+        monkeypatch.setattr(model_module, "uniform_k", k)
+        if N >= 7 and T >= 5:  # where there is enough to tell by
+            with pytest.raises(ValueError, match="not uniform on 1..T"):
+                evaluate(model, blocks)
+
+
+# ----- optimizers
+
+
+def test_every_parameter_is_in_one_optimizer_or_is_named():
+    for optimizer in ("adamw", "muon"):
+        model = tiny("ar")
+        grouped = [p for o in make_optimizers(model, optimizer, 1e-3, 0.1) for g in o.param_groups for p in g["params"]]
+        assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+        model.blocks[0].scale = torch.nn.Parameter(torch.ones(2, 2, 2))
+        with pytest.raises(ValueError, match="blocks.0.scale"):
+            make_optimizers(model, optimizer, 1e-3, 0.1)
 
 
 def test_chain_rule_equals_brute_force_and_sums_to_one():

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import prepare
+import sample
 import train
-from model import GPT, GPTConfig, UserError, chain_rule_nll, digest, evaluate, load_checkpoint, model_from_checkpoint
-from model import save_checkpoint
+from model import GPT, GPTConfig, UserError, evaluate, load_checkpoint, model_from_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "unique_tokens": 1024,
@@ -76,35 +76,37 @@ def test_batches_walk_through_the_stream_of_epochs_without_a_gap():
 def test_both_objectives_meet_the_same_weights_and_batches(corpus):
     tokens = torch.arange(1000) % 50
     for step in (0, 9):
-        x, mask, index = train.get_batch(config(corpus, objective="diffusion"), tokens, step).values()
-        y, = train.get_batch(config(corpus, objective="ar"), tokens, step).values()
-        assert torch.equal(x, y)
+        batch, weight = train.get_batch(config(corpus, objective="diffusion"), tokens, step)
+        x, mask, index = batch.values()
+        plain, ones = train.get_batch(config(corpus, objective="ar"), tokens, step)
+        assert [*plain] == ["x"] and torch.equal(x, plain["x"])
+        assert torch.equal(weight, torch.ones(8)) and torch.equal(ones, weight)  # both descend what they report
         assert torch.equal(mask.flatten().nonzero().flatten(), index)
         assert len(index) == 8 * 17 // 2  # B (T+1) / 2, whatever the draw
-        assert torch.equal(mask, train.get_batch(config(corpus), tokens, step)["mask"])  # of the step alone
-        assert not torch.equal(mask, train.get_batch(config(corpus), tokens, step + 1)["mask"])
+        assert torch.equal(mask, train.get_batch(config(corpus), tokens, step)[0]["mask"])  # of the step alone
+        assert not torch.equal(mask, train.get_batch(config(corpus), tokens, step + 1)[0]["mask"])
 
 
-@pytest.mark.parametrize("settings", [{"objective": "ar", "hide": 0.1}, {"objective": "diffusion"}])
-def test_what_a_network_reads_is_hidden_and_replaced_in_the_shares_asked_for(corpus, settings):
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_what_a_network_reads_is_replaced_in_the_share_asked_for(corpus, objective):
     tokens = torch.arange(1000) % 50
-    c = config(corpus, replace=0.3, batch_size=32, **settings) | {"vocab_size": 50}
-    hidden, changed = 0.0, 0.0
+    c = config(corpus, replace=0.3, batch_size=32, objective=objective) | {"vocab_size": 50}
+    changed = 0.0
     for step in range(40):
-        given, clean = (train.get_batch(settings, tokens, step) for settings in (c, c | {"hide": 0, "replace": 0}))
-        x, seen = given["x"], given.pop("seen")
+        given, clean = (train.get_batch(settings, tokens, step)[0] for settings in (c, c | {"replace": 0}))
+        seen = given.pop("seen")
         assert given.keys() == clean.keys() and all(torch.equal(given[name], clean[name]) for name in clean)
-        hidden += (seen == 50).double().mean().item() / 40
-        changed += ((seen != 50) & (seen != x)).double().mean().item() / 40
-    assert abs(hidden - c["hide"]) < 0.01 and abs(changed - 0.3 * 49 / 50) < 0.015  # 5 standard errors
+        changed += (seen != given["x"]).double().mean().item() / 40
+    assert abs(changed - 0.3 * 49 / 50) < 0.015  # 5 standard errors
 
 
 def test_the_parts_of_a_batch_are_the_batch(corpus):
     tokens = torch.arange(1000) % 50
-    for given in ({"objective": "diffusion", "replace": 0.5}, {"objective": "ar"}, {"objective": "ar", "hide": 0.5}):
+    for given in ({"objective": "diffusion", "replace": 0.5}, {"objective": "ar"}, {"objective": "ar", "replace": 0.5}):
         c = config(corpus, **given) | {"vocab_size": 50}
-        whole = train.get_batch(c, tokens, 3)
-        parts = [train.get_batch(c, tokens, 3, slice(i, i + 2)) for i in range(0, 8, 2)]
+        whole, weight = train.get_batch(c, tokens, 3)
+        parts, weights = zip(*(train.get_batch(c, tokens, 3, slice(i, i + 2)) for i in range(0, 8, 2)), strict=True)
+        assert torch.equal(weight, torch.cat(weights))
         for name in set(whole) - {"index"}:
             assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
         if "index" in whole:
@@ -160,13 +162,13 @@ def test_bits_per_byte_by_hand(tmp_path):
 def test_best_and_final_are_scored_on_the_same_masks_in_the_end(corpus, tmp_path):
     records = train.train(config(corpus, eval_every=1.0, out=str(tmp_path / "run")))
     first, last = records[0]["config"], records[-1]
-    blocks = train.open_data(first)[2]
+    blocks = prepare.open_data(first)[2]
     for name, checkpoint in (("final", "last.pt"), ("best", "best.pt")):
         model = model_from_checkpoint(load_checkpoint(tmp_path / "run" / checkpoint))
-        assert (last[f"{name}_loss"], last[f"{name}_stderr"]) == evaluate(model, blocks, first["final_passes"])
+        assert (last[f"{name}_loss"], last[f"{name}_stderr"]) == evaluate(model, blocks, first["final_draws"])
     curve = [r["val_loss"] for r in records[1:]]
-    best = load_checkpoint(tmp_path / "run" / "best.pt")["state"]
-    assert best["best"]["val_loss"] == min(curve) == curve[best["step"] // 8 - 1]
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["records"][-1]["val_loss"] == min(curve) == curve[best["state"]["step"] // 8 - 1]
     assert last["final_stderr"] < 0.5 * last["val_stderr"]  # 24 masks a block against 2
 
 
@@ -183,8 +185,8 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_run(corpus, tmp_pat
     settings = {"objective": objective, "optimizer": optimizer, "dropout": 0.1, "eval_every": 1.0}
     whole = train.train(config(corpus, out=str(tmp_path / "whole"), **settings))
     calls = iter(range(1000))
-    with pytest.raises(train.Interrupted):
-        train.train(config(corpus, out=str(tmp_path / "parts"), **settings), stop=lambda: 2 * (next(calls) == 11))
+    begun = train.train(config(corpus, out=str(tmp_path / "parts"), **settings), stop=lambda: next(calls) == 11)
+    assert "final_loss" not in begun[-1] and load_checkpoint(tmp_path / "parts" / "last.pt")["state"]["step"] == 12
     parts = train.train(*train.reopen(tmp_path / "parts", {}))
     plain = lambda records: [{k: v for k, v in r.items() if k != "seconds"} for r in records[1:]]  # noqa: E731
     assert plain(whole) == plain(parts)
@@ -210,30 +212,21 @@ def test_the_commands_from_text_to_samples(tmp_path):
         assert printed.count("\nfree land") == 3
         again = command("sample.py", "--prompt=free land", "--length=24", cwd=tmp_path)  # the newest run is the default
         assert again == printed
-    again = command("train.py", "--eval_only", "--resume=out/diffusion", cwd=tmp_path).splitlines()
-    rows = [json.loads(line) for line in (tmp_path / "out" / "diffusion" / "log.jsonl").read_text().splitlines()]
-    for line, logged in zip(map(json.loads, again), ("best", "final"), strict=True):
-        assert line["split"] == "val"
-        assert all(line[key] == rows[-1][f"{logged}_{key}"] for key in ("loss", "stderr", "bpb"))
-    again = command("train.py", "--eval_only", "--resume=out/diffusion", "--split=tune", cwd=tmp_path).splitlines()
-    data = prepare.load(tmp_path / "d")
-    blocks = torch.from_numpy(data.splits["tune"].astype(np.int64))
-    blocks = blocks[: len(blocks) // 16 * 16].view(-1, 16)
-    blocks = blocks[np.linspace(0, len(blocks) - 1, min(16, len(blocks))).round().astype(int)]
-    model = model_from_checkpoint(load_checkpoint(tmp_path / "out" / "diffusion" / "last.pt"))
-    loss, _ = evaluate(model, blocks, rows[0]["config"]["final_passes"])
-    line = json.loads(again[1])
-    assert line["left_to_right"] == pytest.approx(chain_rule_nll(model, blocks).mean().item(), abs=1e-6)
-    assert line["split"] == "tune" and line["loss"] == loss
-    text = sum(map(len, (data.tokenizer.pieces[i] for i in blocks.flatten().tolist() if i != data.tokenizer.eot)))
-    assert abs(line["bpb"] - loss * blocks.numel() / text / np.log(2)) < 1e-9
+    again = command("train.py", "--resume=out/ar", cwd=tmp_path)  # it has ended: only told again
+    assert "beside out/diffusion:\nAt equal compute diffusion " in again
+    assert (tmp_path / "out/ar/crossing.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out/diffusion/crossing.png").exists()  # when it ended, no AR run stood beside it
+    told = command("train.py", "--compare", "out/ar", "out/diffusion", cwd=tmp_path)
+    assert told.startswith("At equal compute diffusion ") and "AR's best, " in told
+    assert (tmp_path / "out/diffusion/crossing.png").exists()
+    assert "both are ar" in command("train.py", "--compare", "out/ar", "out/ar", cwd=tmp_path, code=2)
 
 
-def test_help_comes_before_torch_does():
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "train.py", "--help"], capture_output=True)
-    assert b"--weight_decay" in done.stdout and done.returncode == 0
-    assert b" torch" not in done.stderr and time.perf_counter() - started < 5  # 0.1 s where nothing else runs
+def test_help_tells_every_flag_and_its_default():
+    text = " ".join(subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True,
+                                   check=True).stdout.split())
+    for name, (_, laptop, gpu, _, _) in train.FLAGS.items():
+        assert f"--{name}" in text and (f"[{laptop}]" if laptop == gpu else f"[laptop {laptop}, gpu {gpu}]") in text
 
 
 # ----- compiled
@@ -253,7 +246,8 @@ def test_compiling_changes_results_by_rounding_only_and_falls_back_in_one_line(c
 
     monkeypatch.setattr(torch, "compile", broken)
     without = train.train(config(corpus, epochs=1.0, dropout=0.2, compile=True, out=str(tmp_path / "without")))
-    assert capsys.readouterr().out.splitlines()[0].endswith("does not work here: RuntimeError: no compiler found")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--compile" in line]
+    assert lines == ["--compile does not work here: RuntimeError: no compiler found"]
     assert [r["val_loss"] for r in without[1:]] == [r["val_loss"] for r in plain[1:]]
 
 
@@ -291,7 +285,7 @@ def test_two_processes_train_as_one_does_also_after_a_resume(corpus, tmp_path, o
     code, out, error = torchrun("--resume=out/two", cwd=tmp_path)
     assert code == 0 and out.count("run directory") == 1 and out.count("final  epoch") == 1, error
     command("train.py", *settings, "--out=out/one", cwd=tmp_path)
-    two, one = (train.read_log(tmp_path / "out" / name / "log.jsonl") for name in ("two", "one"))
+    two, one = (sample.read_log(tmp_path / "out" / name) for name in ("two", "one"))
     assert two[0]["config"]["processes"] == 2 and len(one) == len(two) == 9
     for a, b in zip(one[1:], two[1:], strict=True):
         assert a["step"] == b["step"] and abs(a["train_loss"] - b["train_loss"]) < 1e-4
@@ -302,34 +296,27 @@ def test_when_one_process_dies_all_end_and_what_was_saved_goes_on(corpus, tmp_pa
     settings = flags(SMALL | {"objective": "diffusion", "epochs": 60.0, "data": corpus, "lr": 0.01, "eval_every": 0.5})
     code, _, error = torchrun(*settings, "--out=out/two", cwd=tmp_path,
                               after=lambda p: os.kill(workers(p)[1], signal.SIGKILL))
-    assert code != 0 and "another process of this run has ended" in error and "--resume" in error
+    assert code != 0 and "another process of this run ended" in error and "--resume" in error
     step = load_checkpoint(tmp_path / "out" / "two" / "last.pt")["state"]["step"]
     assert step > 0
     code, _, error = torchrun("--resume=out/two", cwd=tmp_path, after=lambda p: os.kill(p.pid, signal.SIGTERM))
     assert load_checkpoint(tmp_path / "out" / "two" / "last.pt")["state"]["step"] >= step
 
 
-def test_a_finished_run_without_its_log_and_an_empty_resume_are_refused(corpus, tmp_path):
+def test_a_log_that_was_lost_is_written_again_and_an_empty_resume_is_refused(corpus, tmp_path):
     settings = flags(SMALL | {"data": corpus, "epochs": 1})
     command("train.py", *settings, "--out=out/run", cwd=tmp_path)
-    (tmp_path / "out" / "run" / "log.jsonl").unlink()
-    assert "lacks what was evaluated" in command("train.py", "--resume=out/run", cwd=tmp_path, code=2)
-    assert not (tmp_path / "out" / "run" / "log.jsonl").exists()
-    assert "names no run" in command("train.py", *settings, "--resume=", cwd=tmp_path, code=2)
-
-
-def test_probe_refuses_data_that_has_changed(corpus, tmp_path):
-    shutil.copytree(corpus, tmp_path / "d")
-    command("train.py", *flags(SMALL | {"data": "d", "epochs": 1}), "--out=out/run", cwd=tmp_path)
-    shutil.rmtree(tmp_path / "d")
-    prepare.prepare(inputs=[corpus.parent / "text.txt"], vocab_size=300, out=tmp_path / "d")
-    assert "is not the data" in command("sample.py", "--run=out/run", "--probe", cwd=tmp_path, code=2)
-    assert "from nothing" in command("sample.py", "--run=out/run", "--probe", "--prompt=a", cwd=tmp_path, code=2)
+    log = tmp_path / "out" / "run" / "log.jsonl"
+    before = log.read_bytes()
+    log.unlink()
+    command("train.py", "--resume=out/run", cwd=tmp_path)
+    assert log.read_bytes() == before
+    assert "--resume names no run" in command("train.py", *settings, "--resume=", cwd=tmp_path, code=2)
 
 
 def test_a_batch_that_can_not_be_shared_is_refused(corpus, tmp_path):
     code, _, error = torchrun(*flags(SMALL | {"batch_size": 6, "data": corpus}), cwd=tmp_path)
-    assert code != 0 and "--batch_size=6: 2 processes need a multiple of 4" in error
+    assert code != 0 and "--batch_size=6" in error and "2 processes need a multiple of 4" in error
 
 
 # ----- what a person can get wrong
@@ -340,9 +327,9 @@ def test_a_batch_that_can_not_be_shared_is_refused(corpus, tmp_path):
     ({"batch_size": 7}, "batch_size=7"), ({"block_size": 10**6}, "1000000"), ({"lr": -1.0}, "lr=-1"),
     ({"lr": float("nan")}, "lr=nan"), ({"epochs": 0.0}, "epochs=0"), ({"n_head": 3}, "n_head=3"),
     ({"objective": "bert"}, "objective=bert"), ({"optimizer": "sgd"}, "optimizer=sgd"), ({"dropout": 1.5}, "dropout"),
-    ({"final_passes": 1}, "final_passes=1"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "tpu!"}, "tpu!"),
+    ({"final_draws": 1}, "final_draws=1"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "tpu!"}, "tpu!"),
     ({"device": "meta"}, "meta"),
-    ({"unknown": 1}, "unknown"), ({"hide": 0.1}, "hide=0.1"),
+    ({"unknown": 1}, "unknown"), ({"init": "nowhere"}, "nowhere"),
     ({"objective": "ar", "replace": 1.1}, "replace=1.1"),
     ({"data": "nowhere"}, "nowhere"), ({"split": "test"}, "split=test")])
 def test_wrong_settings_are_named(corpus, tmp_path, given, named):
@@ -359,7 +346,7 @@ def test_a_preset_that_is_none_is_named():
 def test_errors_reach_the_person_without_a_traceback(corpus, tmp_path):
     settings = flags(SMALL | {"data": corpus, "epochs": 1})
     for args, named in ((["--unique_tokens=99999999"], "99999999"), (["--resume=nowhere"], "nowhere"),
-                        (["--eval_only"], "--resume")):
+                        (["--compare", "nowhere", "there"], "nowhere")):
         error = command("train.py", *settings, *args, cwd=tmp_path, code=2)
         assert named in error and "Traceback" not in error and len(error.splitlines()) <= 2
     assert not (tmp_path / "out").exists()
@@ -376,7 +363,7 @@ def test_a_run_directory_is_never_overwritten(corpus, tmp_path):
 
 def test_resume_refuses_other_flags_and_other_data(corpus, tmp_path):
     train.train(config(corpus, epochs=0.5, out=str(tmp_path / "run")))
-    with pytest.raises(UserError, match=r"--lr=0.5 \(the run has 0.01\), --seed=3 \(the run has 1\)"):
+    with pytest.raises(UserError, match=r"--lr=0.5 \(the run has 0.01\), --seed=3 \(the run has 1\).*--init="):
         train.reopen(tmp_path / "run", {"lr": 0.5, "seed": 3, "epochs": 0.5})
     with pytest.raises(UserError, match="--out=elsewhere"):
         train.reopen(tmp_path / "run", {"out": "elsewhere", "device": "cpu"})
@@ -397,14 +384,6 @@ def test_a_change_of_the_held_out_text_alone_is_noticed_too(corpus, tmp_path):
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(prepare.DataError, match="not the data"):
         train.train(*train.reopen(tmp_path / "run", {}))
-    with pytest.raises(prepare.DataError, match="not the data"):
-        train.score_again(tmp_path / "run", {})
-
-
-def test_digests_tell_nested_values_apart():
-    values = [[1, 23], [12, 3], {"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "c": 2}}, {"a": 1}, [["a", 1]], torch.ones(2),
-              torch.ones(2, 1), torch.ones(2, dtype=torch.float64), [1.0, 1.0], "[2]", None]
-    assert len({digest(value) for value in values}) == len(values)
 
 
 def test_damaged_checkpoints_are_refused(tmp_path):
@@ -428,7 +407,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_state(corpus, tmp_path):
-    with pytest.raises(UserError, match=r"at step \d+, learning rate .*begin anew with --lr"):
+    with pytest.raises(UserError, match=r"at step \d+: begin anew with --lr"):
         train.train(config(corpus, lr=1e18, epochs=20.0, out=str(tmp_path / "run")))
     kept = load_checkpoint(tmp_path / "run" / "last.pt")
     assert all(torch.isfinite(p).all() for p in kept["model"].values())

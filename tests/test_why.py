@@ -9,7 +9,7 @@ import torch
 
 import train
 from conftest import tiny
-from model import UserError
+from model import UserError, save_checkpoint
 
 sys.path.append(str(Path(__file__).parent.parent / "notebooks"))
 
@@ -19,24 +19,50 @@ TOKENS = torch.arange(100)
 CONFIG = train.make_config("laptop", objective="ar", block_size=7, batch_size=4, seed=1) | {"vocab_size": 100}
 
 
+def permuted(objective, **shape):
+    """conftest's tiny network as a PermutedGPT."""
+    model = tiny(objective, **shape)
+    model.__class__ = why.PermutedGPT
+    return model
+
+
 def test_one_order_is_plain_ar():
-    model = tiny("ar", V=100, T=7)
-    plain, one = train.get_batch(CONFIG, TOKENS, 7), why.orders(1)(CONFIG, TOKENS, 7)
+    model = permuted("ar", V=100, T=7)
+    plain, one = train.get_batch(CONFIG, TOKENS, 7)[0], why.orders(1)(CONFIG, TOKENS, 7)[0]
     assert torch.equal(plain["x"], one["x"]) and torch.allclose(model(**plain), model(**one))
 
 
-def test_what_is_hidden_moves_too():
-    config = CONFIG | {"hide": 0.5}
-    plain, batch = train.get_batch(config, TOKENS, 3), why.orders(4)(config, TOKENS, 3)
+def test_a_network_may_read_in_another_order():
+    model, T = permuted("ar"), 5
+    x, straight = torch.randint(3, (4, T)), torch.arange(T).expand(4, T)
+    assert torch.allclose(model(x, position=straight), model(x), atol=1e-6)
+    assert not torch.allclose(model(x, position=straight.flip(1)), model(x), atol=1e-3)
+    assert torch.equal(model(x), tiny("ar")(x))  # without positions it is a GPT
+
+
+def test_what_is_replaced_moves_too():
+    config = CONFIG | {"replace": 0.5}
+    plain, batch = train.get_batch(config, TOKENS, 3)[0], why.orders(4)(config, TOKENS, 3)[0]
     for name in ("x", "seen"):
         assert torch.equal(batch[name].sort().values, plain[name].sort().values)
-    assert torch.equal(batch["seen"] == 100, batch["seen"] != batch["x"]) and (batch["seen"] == 100).any()
+    assert (batch["seen"] != batch["x"]).any()
+
+
+def test_hide_masks_the_share_asked_for_and_predicts_what_is_there():
+    hidden = 0
+    for step in range(400):
+        given, weight = why.hide(0.1)(CONFIG, TOKENS, step)
+        assert torch.equal(given["x"], train.get_batch(CONFIG, TOKENS, step)[0]["x"]) and (weight == 1).all()
+        kept = given["seen"] != 100
+        assert torch.equal(given["seen"][kept], given["x"][kept])
+        hidden += (~kept).double().mean().item() / 400
+    assert abs(hidden - 0.1) < 5 * (0.09 / 28 / 400) ** 0.5
 
 
 def test_every_order_moves_tokens_and_positions_together():
     seen = set()
     for step in range(40):
-        plain, batch = train.get_batch(CONFIG, TOKENS, step)["x"], why.orders(4)(CONFIG, TOKENS, step)
+        plain, batch = train.get_batch(CONFIG, TOKENS, step)[0]["x"], why.orders(4)(CONFIG, TOKENS, step)[0]
         for x, permuted, position in zip(plain, *batch.values(), strict=True):
             assert position[0] == 0 and permuted[0] == x[0]  # the start symbol, then always the first token
             assert torch.equal(x[position[1:] - 1], permuted[:-1])  # what is read stands where its position says
@@ -49,7 +75,8 @@ def test_a_block_comes_back_with_its_mask_after_m_epochs_and_never_with_fresh_ma
     config = CONFIG | {"objective": "diffusion", "batch_size": 14}  # one step an epoch
 
     def epoch(M, step):
-        batch = why.masks(M)(config, TOKENS, step)
+        batch, weight = why.masks(M)(config, TOKENS, step)
+        assert (weight == 1).all()
         return {tuple(x): tuple(mask) for x, mask in zip(batch["x"].tolist(), batch["mask"].tolist(), strict=True)}
 
     for M in (1, 3):
@@ -59,18 +86,20 @@ def test_a_block_comes_back_with_its_mask_after_m_epochs_and_never_with_fresh_ma
 
 
 def test_a_run_goes_on_with_its_own_batches_only(tmp_path):
-    begun = CONFIG | {"batch": "orders(2)", "out": str(tmp_path)}
+    saved = {"config": CONFIG | {"batch": "orders(2)"}, "optimizers": [], "records": []}
+    save_checkpoint(tmp_path / "last.pt", saved)
     with pytest.raises(UserError, match="orders\\(2\\)"):
-        train.train(begun, batch=why.orders(4))
+        train.reopen(tmp_path, {}, batch=why.orders(4))
+    assert train.reopen(tmp_path, {}, batch=why.orders(2))[0]["batch"] == "orders(2)"
 
 
-def test_reveal_hides_the_last_k_of_one_order_and_leaves_k_alone():
+def test_reveal_masks_the_last_k_of_one_order_and_leaves_k_alone():
     config = CONFIG | {"objective": "diffusion"}
     for step in range(20):
-        plain, same = train.get_batch(config, TOKENS, step), why.reveal(0)(config, TOKENS, step)
+        plain, same = train.get_batch(config, TOKENS, step)[0], why.reveal(0)(config, TOKENS, step)[0]
         assert plain.keys() == same.keys() and all(torch.equal(plain[name], same[name]) for name in plain)
         for N in (1, 3):
-            given = why.reveal(N)(config, TOKENS, step)
+            given = why.reveal(N)(config, TOKENS, step)[0]
             mask = given["mask"]
             assert torch.equal(given["x"], plain["x"]) and torch.equal(mask.sum(1), plain["mask"].sum(1))
             assert torch.equal(given["index"], mask.flatten().nonzero().squeeze(1))
@@ -106,35 +135,3 @@ def test_the_source_is_as_its_entropy_says(tmp_path):
     nll = why.source_nll(p, x)
     assert abs(nll.mean() - why.block_entropy(p, 32)) < 4 * nll.std() / len(nll) ** 0.5
     assert (data.splits["val"][:4096] != data.splits["train"]).mean() > 0.5
-
-
-def test_mixture_scores_the_best_network_in_random_orders_and_an_ar_network_in_its_own(tmp_path):
-    why.write_source(tmp_path / "source", 4096, 4096)
-    for objective, K in (("diffusion", 5), ("ar", 0)):
-        config = train.make_config("laptop", objective=objective, data=str(tmp_path / "source"), n_layer=1, n_head=1,
-                                   n_embd=16, block_size=8, batch_size=8, unique_tokens=1024, epochs=0.3, device="cpu",
-                                   dtype="float32", eval_blocks=70, out=str(tmp_path / objective), dropout=0.5)
-        train.train(config)
-        found = why.mixture(config["out"], 5, N=40)
-        model = train.model_from_checkpoint(train.load_checkpoint(tmp_path / objective / "best.pt"))
-        blocks = train.open_data(config | {"eval_blocks": 40})[2]
-        assert found["left"] == pytest.approx((8 * train.chain_rule_nll(model, blocks)).tolist(), abs=1e-3)
-        assert np.shape(found["orders"]) == ((5, 40) if K else (0,))
-        other = why.mixture(config["out"], 0, "tune", N=40)  # other text than the run's own
-        blocks = train.open_data(config | {"eval_blocks": 40, "split": "tune"})[2]
-        assert other["left"] == pytest.approx((8 * train.chain_rule_nll(model, blocks)).tolist(), abs=1e-3)
-        assert (found["split"], other["split"]) == ("val", "tune")
-        assert len({tuple(nll) for nll in [found["left"], *found["orders"]]}) == K + 1
-        if K:
-            bound, error = train.evaluate(model, blocks, 200)
-            assert abs(np.mean(found["orders"]) / 8 - bound) < 0.02 + 3 * error
-            assert found["averaged"] == []
-        else:  # the mean of what it predicts under five dropout masks: not that of their losses
-            x = train.open_data(config | {"eval_blocks": 40})[2]
-            past = torch.nn.functional.pad(x[:, :-1], (1, 0), value=model.config.vocab_size)
-            model.train()
-            torch.manual_seed(0)
-            p = [sum(model.logits(part).softmax(-1) for _ in range(5)) / 5 for part in past.split(32)]
-            p = torch.cat(p).gather(2, x[..., None]).squeeze(2)
-            assert found["averaged"] == pytest.approx((-p.log().sum(1)).tolist(), abs=1e-2)
-            assert found["averaged"] != pytest.approx(found["left"], abs=1e-2)
