@@ -1,15 +1,17 @@
 """One GPT and the two objectives it can learn by: autoregressive, or masked diffusion.
 
-A block is T tokens x_1..x_T from a vocabulary of V. Both objectives score all T tokens, in nats per token:
+A block is T tokens x_1..x_T from a vocabulary of V. Both losses are -log p of a block, in nats per token:
 
-  ar         each token from those before it:
-             loss = 1/T sum_i -log p(x_i | x_<i)                                        exact
-  diffusion  mask k of the T tokens, k uniform on 1..T, and predict them from the rest:
-             loss = E_k E_mask 1/k sum over the masked i of -log p(x_i | the unmasked)  an upper bound
+  ar         predict each token from those before it:
+             loss = 1/T sum_i -log p(x_i | x_<i)                                  exact
+  diffusion  draw k from 1..T, mask k of the tokens, predict these from the rest:
+             loss = E_k E_mask 1/k sum_masked -log p(x_i | the unmasked)          an upper bound, the NELBO
 
-The second is the negative evidence lower bound (NELBO) of arXiv 2507.15857, eq. 3, E_t[1/t sum over masked] /
-T: if t ~ U(0, 1) and each token is masked with probability t, the number masked is uniform on 0..T. Drawing k
-itself leaves no 1/t to blow up and far less noise. It is also the mean loss over all T! orders of unmasking.
+The NELBO of arXiv 2507.15857, eq. 3, draws t from (0, 1), masks each token with probability t, and weighs the
+sum over the masked by 1/(t T). Over t, t^k (1-t)^(T-k) / (t T) integrates to 1/T * 1/binomial(T, k) * 1/k: k
+is uniform on 1..T, all masks of k tokens are alike, and 1/k makes the sum a mean. So the two are equal, and
+drawing k itself has far less noise. Both are also the mean loss over all T! orders of unmasking the tokens
+one by one.
 
 The network is the same for both. Its embedding has one row more than V: [MASK] for diffusion, the start
 symbol for AR. It gives V logits, so this extra token is never predicted. The lines that differ between the
@@ -32,8 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 FORMAT = "ambigpt-checkpoint-1"
-MAX_LOGITS = 2**27  # to keep for the backward pass, half a gigabyte: see GPT.nll
-CPU_LOGITS = 2**21  # that a CPU computes at a time: beyond its caches it takes a fifth longer
+MAX_LOGITS = 2**27  # kept for the backward pass at most, half a gigabyte: see GPT.nll
+CPU_LOGITS = 2**21  # computed at a time on a CPU: more would not fit its caches
 
 
 class UserError(ValueError):
@@ -51,7 +53,7 @@ class GPTConfig:
     n_head: int = 2
     n_embd: int = 128  # C
     dropout: float = 0.0
-    rope_base: float = 20.0  # small: a masked token knows its position only, and slow rotations hardly tell
+    rope_base: float = 20.0  # small, so that near positions differ: a masked token has nothing else to go by
 
     def __post_init__(self):
         if self.objective not in ("ar", "diffusion"):
@@ -89,9 +91,9 @@ class Attention(nn.Module):
         qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)
         qk = F.rms_norm(qk, qk.shape[-1:])  # QK-norm bounds the attention logits
         q, k = rotate(qk, cos, sin).chunk(2, dim=1)  # (B, H, T, D) each
-        if cache:  # [AR] in sampling: the keys and values of the P tokens so far are there already
-            k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)  # (B, H, P+T, D)
-        if cache is not None:
+        if cache is not None:  # [AR] in sampling: empty at first, then the k and v of the P tokens so far
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)  # (B, H, P+T, D)
             cache[:] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T == k.shape[2],
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -119,8 +121,8 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, keep=None):
         x = x + self.drop(self.attn(self.norm1(x), cos, sin, cache))
-        if keep is not None:  # [DIFFUSION] in the last block only the masked tokens go on
-            x = x.flatten(0, 1)[keep]  # (M, C)
+        if keep is not None:  # [DIFFUSION] last block: attention needs all tokens, the rest only those scored
+            x = x.flatten(0, 1)[keep]  # (B, T, C) -> (M, C)
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -136,7 +138,7 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         head = config.n_embd // config.n_head  # D
         frequency = config.rope_base ** (-torch.arange(0, head, 2) / head)  # (D/2,)
-        angle = torch.outer(torch.arange(config.block_size + 1), frequency).repeat(1, 2)  # (T + 1, D)
+        angle = torch.outer(torch.arange(config.block_size), frequency).repeat(1, 2)  # (T, D)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         for name, p in self.named_parameters():
@@ -144,38 +146,38 @@ class GPT(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def ar_loss(self, x, seen):  # [AR]
-        """The mean over all T tokens of -log p(x_i | x_<i), (B,) in nats per token: exact.
+    def ar_loss(self, x, noisy):  # [AR]
+        """The mean over all T tokens of -log p(x_i | x_<i), (B,) in nats per token. Exact.
 
-        x: (B, T) what is predicted; seen: (B, T) what is read in its place.
+        x: (B, T) what is predicted; noisy: (B, T) what is read: x, unless some tokens are replaced.
         """
-        past = F.pad(seen[:, :-1], (1, 0), value=self.config.vocab_size)  # (B, T): start symbol, x_1..x_{T-1}
+        past = F.pad(noisy[:, :-1], (1, 0), value=self.config.vocab_size)  # (B, T): start, x_1..x_{T-1}
         nll = self.nll(self.hidden(past).flatten(0, 1), x.flatten())  # (B T,)
         return nll.view(x.shape).mean(1)
 
-    def diffusion_loss(self, x, mask, index, seen):  # [DIFFUSION]
+    def diffusion_loss(self, x, noisy, mask, keep):  # [DIFFUSION]
         """The mean over its k masked tokens of -log p(x_i | the unmasked), (B,) in nats per token.
 
-        With k uniform on 1..T its expectation is the NELBO, an upper bound on -log p of the block. x, seen:
-        (B, T) as above; mask: (B, T) bool; index: (M,) where the flattened mask is True.
+        With k uniform on 1..T its expectation is the NELBO, an upper bound on -log p of the block. x, noisy:
+        (B, T) as above; mask: (B, T) bool; keep: (M,) where the flattened mask is True.
         """
-        masked = seen.masked_fill(mask, self.config.vocab_size)  # (B, T): [MASK] is the extra token
-        nll = self.nll(self.hidden(masked, keep=index), x.flatten()[index])  # (M,) of the masked tokens alone
-        row = index // x.shape[1]  # (M,) the block that each masked token is in
-        k = mask.sum(1).clamp(min=1)  # (B,); a block without a mask has nothing to score and counts 0
+        masked = noisy.masked_fill(mask, self.config.vocab_size)  # (B, T): [MASK] is the extra token
+        nll = self.nll(self.hidden(masked, keep=keep), x.flatten()[keep])  # (M,) of the masked tokens alone
+        row = keep // x.shape[1]  # (M,) the block that each masked token is in
+        k = mask.sum(1).clamp(min=1)  # (B,); a block without masks has nothing to score and counts 0
         return nll.new_zeros(len(x)).index_add(0, row, nll / k[row])
 
-    def forward(self, x, mask=None, index=None, seen=None):
+    def forward(self, x, mask=None, keep=None, noisy=None):
         """The loss of each block under the network's objective, (B,) in nats per token.
 
-        x: (B, T) token ids in 0..V-1. mask: (B, T) bool, for diffusion. index: where it is True; given, so
-        that a GPU need not count. seen: (B, T) ids in 0..V that the network reads in place of x.
+        x: (B, T) token ids in 0..V-1. mask (diffusion): (B, T) bool. keep: (M,) where it is True, if known: a
+        GPU would have to wait for the answer. noisy: (B, T) what is read in place of x, if not x.
         """
-        seen = x if seen is None else seen
+        noisy = x if noisy is None else noisy
         if self.config.objective == "ar":
-            return self.ar_loss(x, seen)  # [AR]
-        index = mask.flatten().nonzero().squeeze(1) if index is None else index
-        return self.diffusion_loss(x, mask, index, seen)  # [DIFFUSION]
+            return self.ar_loss(x, noisy)  # [AR]
+        keep = mask.flatten().nonzero().squeeze(1) if keep is None else keep
+        return self.diffusion_loss(x, noisy, mask, keep)  # [DIFFUSION]
 
     def rotation(self, start, T):
         """cos and sin of the rotary angles of positions start..start+T-1, both (T, D)."""
@@ -203,10 +205,10 @@ class GPT(nn.Module):
         return self.head(self.hidden(idx))
 
     def nll(self, h, target):
-        """-log p in nats, (M,), of target (M,) from hidden states h (M, C).
+        """-log p in nats, (M,), of target (M,) from hidden states h (M, C), computed in parts.
 
-        Computed in parts. More than MAX_LOGITS logits are computed again in the backward pass, not kept:
-        with a vocabulary of 50257 they, and not the network, would fill the memory.
+        More than MAX_LOGITS logits are computed again in the backward pass, not kept: else they would fill
+        the memory with a vocabulary of 50257.
         """
         def part_nll(h, target):
             return F.cross_entropy(self.head(h), target, reduction="none")
@@ -244,29 +246,32 @@ def make_optimizers(model, optimizer, lr, weight_decay):
     return optimizers
 
 
-# ----- evaluation: the number that every run reports. No change to the training masks may change it
+# ----- masks, as evaluation draws them and as training does by default (train.draw_mask)
 
 
 def uniform_k(B, T, generator):  # [DIFFUSION]
     """How many tokens of each of B blocks to mask, (B,): uniform on 1..T.
 
-    They come in pairs of k and T+1-k, stratified over 1..T. That leaves the distribution of each k alone,
-    makes the loss far less noisy, and masks exactly B(T+1)/2 tokens of an even batch, so that shapes stay
-    fixed.
+    The blocks come in pairs of k and T+1-k, and the pairs are spread evenly over 1..T. That leaves the
+    distribution of each k alone, makes the loss far less noisy, and masks exactly B(T+1)/2 tokens of an even
+    batch, so that shapes stay fixed.
     """
     pairs = (B + 1) // 2
-    stratum = torch.randperm(pairs, generator=generator).double()
-    u = (stratum + torch.rand(pairs, generator=generator, dtype=torch.float64)) / (2 * pairs)  # in [0, 1/2)
-    low = 1 + (u * T).long()
+    stratum = torch.randperm(pairs, generator=generator).double()  # one pair for each part of the range
+    u = torch.rand(pairs, generator=generator, dtype=torch.float64)
+    u = (stratum + u) / (2 * pairs)  # in [0, 1/2)
+    low = 1 + (u * T).long()  # the smaller k of the pair
     k = torch.stack((low, T + 1 - low), dim=1)  # (pairs, 2)
-    swap = torch.rand(pairs, generator=generator) < 0.5
+    swap = torch.rand(pairs, generator=generator) < 0.5  # or the smaller would always come first
     return torch.where(swap[:, None], k.flip(1), k).flatten()[:B]
 
 
 def mask_k(k, T, generator):  # [DIFFUSION]
     """Masks (B, T) bool with k (B,) masked positions, chosen uniformly."""
-    order = torch.rand(len(k), T, generator=generator).argsort(1)
-    return order.argsort(1) < k[:, None]
+    return torch.rand(len(k), T, generator=generator).argsort(1).argsort(1) < k[:, None]  # ranks under k
+
+
+# ----- evaluation: the number that every run reports, with masks that training has no hand in
 
 
 @torch.no_grad()
@@ -280,49 +285,39 @@ def evaluate(model, blocks, draws=2, seed=0, batch_size=64):
         return block_losses(model, blocks, None, batch_size).mean().item(), 0.0  # [AR]
     if draws < 2:
         raise ValueError(f"{draws} mask draws: a diffusion bound needs at least 2 to know its own error")
-    generator = torch.Generator().manual_seed(seed)
-    losses, ks = [], []
-    for _ in range(draws):  # [DIFFUSION]
-        mask = mask_k(uniform_k(*blocks.shape, generator), blocks.shape[1], generator)  # (N, T)
-        losses.append(block_losses(model, blocks, mask, batch_size))
-        ks.append(mask.sum(1))
-    loss, k = torch.stack(losses, dim=1), torch.stack(ks, dim=1)  # (N, draws)
-    demand_uniform(k, blocks.shape[1])
+    (N, T), generator = blocks.shape, torch.Generator().manual_seed(seed)
+    masks = [mask_k(uniform_k(N, T, generator), T, generator) for _ in range(draws)]  # [DIFFUSION]
+    k = torch.stack([mask.sum(1) for mask in masks], dim=1)  # (N, draws)
+    even = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) what uniform_k spreads over 1..T, in ascending order
+    if (k.sort(0).values - even[:, None]).abs().max() > 2 * T / N + 1:
+        raise ValueError("evaluate got masks whose k is not uniform on 1..T, so its loss is no bound: leave "
+                         "uniform_k and mask_k as they are; a training schedule goes into train.draw_mask")
+    loss = torch.stack([block_losses(model, blocks, mask, batch_size) for mask in masks], dim=1)  # (N, draws)
     return loss.mean().item(), standard_error(loss, k)
 
 
 def block_losses(model, blocks, mask, batch_size):
     """model(blocks, mask) without dropout, in batches: (N,) float64 on the CPU, nats per token."""
-    device, training = model.embed.weight.device, model.training
+    device, training, losses = model.embed.weight.device, model.training, []
     model.eval()
-    losses = []
     for i in range(0, len(blocks), batch_size):
         part = slice(i, i + batch_size)
-        losses.append(model(blocks[part].to(device), None if mask is None else mask[part].to(device)))
+        losses.append(model(blocks[part].to(device), mask=None if mask is None else mask[part].to(device)))
     model.train(training)
     return torch.cat(losses).double().cpu()
-
-
-def demand_uniform(k, T):
-    """Raise ValueError unless each draw of k (N, draws) covers 1..T evenly: else the loss is no bound."""
-    N = len(k)
-    even = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) the middle of each stratum
-    if (k.sort(0).values - even[:, None]).abs().max() > 2 * T / N + 1:
-        raise ValueError("evaluate got masks whose k is not uniform on 1..T, so its loss is no bound: leave "
-                         "uniform_k and mask_k as they are; a training schedule goes into train.draw_mask")
 
 
 def standard_error(loss, k):
     """Standard error of loss.mean() over the mask draws; loss, k: (N, P), block by draw, with P >= 2.
 
-    Every draw meets each block once and all values of k alike, so that neither the differences between blocks
-    nor those between values of k are noise. What is left without the mean of each block and of each bin of
-    similar k is. With fewer than some 64 blocks the result is rough.
+    Every draw meets each block once, and each k as often as any other. So neither the differences between
+    blocks nor those between values of k are noise: the noise is what remains without the mean of each block,
+    and of each of some bins of similar k. With fewer than some 64 blocks the result is rough.
     """
     (N, P), bins = loss.shape, max(1, min(64, loss.numel() // 16))
     groups = k.flatten().argsort(stable=True).tensor_split(bins)
     residual = loss.clone()
-    for _ in range(4):  # the two means overlap, so they are taken out in turns
+    for _ in range(4):  # to take out one mean brings back a little of the other, ever less
         residual -= residual.mean(1, keepdim=True)
         for group in groups:
             residual.view(-1)[group] -= residual.view(-1)[group].mean()
@@ -358,7 +353,7 @@ def precision(device, dtype):
     if dtype == torch.float32:
         yield
         return
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for the plain products below
     # On a CPU plain matrix products: the backward pass of the fused attention would take 3 times longer.
     kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with torch.autocast(device.type, dtype), kernel:

@@ -2,22 +2,19 @@
 
     python sample.py                                         from the newest run under out/
     python sample.py --run=out/ar --prompt="Fellow citizens" --temperature=0.8 --top_p=0.9
-    python sample.py --run=out/diffusion --infill="We the people ____ a more perfect union" --show
-    python sample.py --compare out/ar out/diffusion          both, side by side
+    python sample.py --run=out/diffusion --infill="We the people ____ a more perfect union"
+    python notebooks/watch.py out/ar out/diffusion           both side by side, as they write
 
 An AR model writes one token in each forward pass. A diffusion model starts from masks: to unmask them one by
 one, in a random order, is exact; several at once is faster, but they are drawn without knowing each other.
 """
 
 import argparse
-import codecs
 import contextlib
-import itertools
 import json
 import math
 import re
 import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -133,7 +130,7 @@ def encode_gaps(tokenizer, text, gap):
     return torch.tensor(ids)
 
 
-# ----- runs: what a log says, in words and in figures
+# ----- runs: their weights, and what their logs say in words and figures
 
 COLOURS = {"ar": "#0072B2", "diffusion": "#D55E00"}  # blue and vermilion of Okabe and Ito
 
@@ -166,6 +163,21 @@ def read_log(run):
         for line in path.read_bytes().splitlines() if path.is_file() else []:
             log.append(json.loads(line))
     return log if log and isinstance(log[0], dict) and "config" in log[0] else []
+
+
+def take_weights(model, run, tokenizer):
+    """Begin with the best weights of another run. Raises UserError where tokenizer or shape do not fit."""
+    if not run:
+        return
+    saved = load_checkpoint(Path(run) / "best.pt")
+    if saved["tokenizer"] != tokenizer.spec:
+        raise UserError(f"--init={run}: it has another tokenizer; prepare your text with its own, by "
+                        f"python prepare.py --tokenizer={saved['config']['data']} --input FILE")
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError:
+        shape = " ".join(f"--{name}={saved['config'][name]}" for name in ("n_layer", "n_head", "n_embd"))
+        raise UserError(f"--init={run}: its network has another shape, {shape}") from None
 
 
 def curve(log, key="val_loss", x="epoch"):
@@ -206,7 +218,9 @@ def verdict(ar, diffusion):
         return f"at {flops:.2g} FLOPs, epoch {flops * diffusion[-1]['epoch'] / diffusion[-1]['flops']:.3g}"
 
     equal, of_best = crossings(ar, diffusion)
-    first = f"overtakes AR {at(equal)}" if equal else "does not overtake AR"
+    first = f"does not overtake AR (up to {min(ar[-1]['flops'], diffusion[-1]['flops']):.2g} FLOPs)"
+    if equal:
+        first = f"overtakes AR {at(equal)}"
     a, d = ar[-1]["best_loss"], diffusion[-1]["best_loss"]
     second = f"is not overtaken: diffusion <= {d:.3f} is {d - a:.3f} above it (a bound, so open)"
     if d < a:
@@ -303,7 +317,7 @@ def conclude(log):
     return "\n".join(lines)
 
 
-# ----- machinery: the command line and the terminal
+# ----- machinery: the command line
 
 NUMBERS = {  # flag: (type, default, least, greatest, help)
     "gap": (int, 8, 1, 10**6, "tokens of a gap ____ and its space; __7__ is a gap of seven [8]"),
@@ -319,9 +333,8 @@ NUMBERS = {  # flag: (type, default, least, greatest, help)
 def parse(argv):
     """The flags of the command line. What is wrong with one is told in two lines, and the script ends."""
     parser = argparse.ArgumentParser(usage="python sample.py [FLAGS]", description=__doc__.split("\n\n")[0])
-    which, what, shown = (parser.add_mutually_exclusive_group() for _ in range(3))
-    which.add_argument("--run", type=Path, help="run directory [the newest under out/]")
-    which.add_argument("--compare", type=Path, nargs=2, metavar=("RUN", "RUN"), help="two runs side by side")
+    what = parser.add_mutually_exclusive_group()
+    parser.add_argument("--run", type=Path, help="run directory [the newest under out/]")
     what.add_argument("--prompt", default="", help="text to continue")
     what.add_argument("--infill", metavar="TEXT", help="diffusion: fill the gaps of this text, or of @FILE")
     for name, (kind, default, _, _, text) in NUMBERS.items():
@@ -329,13 +342,20 @@ def parse(argv):
     parser.add_argument("--order", choices=("random", "confidence", "left"), help="of unmasking [random]")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="[best]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    shown.add_argument("--show", action="store_true", help="watch the text develop, on a terminal")
-    shown.add_argument("--json", action="store_true", help="samples, settings and speed, a line each run")
+    parser.add_argument("--json", action="store_true", help="print samples, settings and speed, one line")
     args = parser.parse_args(argv)
     for name, (_, _, low, high, _) in NUMBERS.items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name}={getattr(args, name)}: it must be between {low:g} and {high:g}")
     return args
+
+
+def new_run_dir(objective):
+    """out/ar, out/ar-2, ...: the first that is not taken."""
+    number = 1
+    while Path(name := f"out/{objective}-{number}".removesuffix("-1")).exists():
+        number += 1
+    return name
 
 
 def newest_run():
@@ -346,8 +366,11 @@ def newest_run():
     return runs[-1].parent
 
 
-def generate(args, folder):
-    """Let the run in a folder write: what a line of --json tells, and its tokenizer, ids and when."""
+def generate(args, folder, alone=True):
+    """Let the run in a folder write: what --json tells, and its tokenizer, ids and when.
+
+    alone: refuse the flags that its objective has no use for. Raises UserError, DataError or OSError.
+    """
     path, device = Path(folder) / f"{args.checkpoint}.pt", choose_device(args.device)[0]
     if not path.exists() and path.with_name("last.pt").exists():
         raise UserError(f"{folder} has not been evaluated yet: train on, or take --checkpoint=last")
@@ -355,7 +378,7 @@ def generate(args, folder):
     model, tokenizer = model_from_checkpoint(saved).to(device), Tokenizer(saved["tokenizer"])
     # In float32 on any device: bf16 rounds a cached past differently, so the text would depend on the cache.
     ar = model.config.objective == "ar"
-    if ar and (args.infill is not None or not args.compare and (args.steps or args.order)):
+    if ar and (args.infill is not None or alone and (args.steps or args.order)):
         raise UserError("--infill, --steps and --order are for diffusion: AR writes from left to right")
     ids, length = tokenizer.encode(args.prompt), args.length or 2 * model.config.block_size
     if args.infill is not None:
@@ -382,52 +405,17 @@ def generate(args, folder):
     return record, tokenizer, ids, when
 
 
-def frame(record, tokenizer, ids, when, row, width, now):
-    """Text `row` during forward pass `now`, in lines of `width` cells: dim is to come, inverse is new."""
-    blank = " " if record["objective"] == "ar" else "░"
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text, cells = "", []
-    for i, n in zip(ids[row].tolist(), when[row].tolist(), strict=True):
-        for c in decoder.decode(tokenizer.pieces[i]):  # none, where a character needs more bytes
-            text += c if c.isprintable() or c == "\n" else "\ufffd"  # nothing steers the terminal
-            cell = text[-1].replace("\n", " ")
-            if n > now:
-                cell = f"\033[2m{blank}\033[m"
-            elif n == now > 0:
-                cell = f"\033[7m{cell}\033[m"
-            cells.append(cell)
-    lines = re.finditer(rf".{{0,{width - 1}}}\s|.{{1,{width}}}", text)  # broken at spaces
-    return ["".join(cells[m.start():m.end()]) + " " * (width - len(m[0])) for m in lines]
-
-
-def play(results, row, animate):
-    """Print text `row` of the results side by side; if asked, as it develops, for ten seconds at most."""
-    size, last = shutil.get_terminal_size(), max(int(when[row].max()) for *_, when in results)
-    width = max(8, (size.columns + 2) // len(results) - 3)
-    for now in range(0 if animate else last + 1, last + 2):  # after the last nothing is new any more
-        columns = [frame(*result, row, width, now) for result in results]
-        lines = [" │ ".join(line) for line in itertools.zip_longest(*columns, fillvalue=" " * width)]
-        if now <= last:
-            lines = lines[:size.lines - 1]  # the next is drawn over this, but not over what has scrolled away
-            print(*lines, sep="\n", end=f"\n\033[{len(lines)}A", flush=True)
-            time.sleep(min(0.4, 10 / last))
-    print(*lines, sep="\n")
-
-
 def main(argv=None):
     try:
         args = parse(argv)
-        results = [generate(args, folder) for folder in args.compare or [args.run or newest_run()]]
-        animate = args.show and sys.stdout.isatty()
-        for r, *_ in results:
-            print(json.dumps(r) if args.json else f"{r['run']}/{r['checkpoint']}.pt: {r['objective']}, "
-                  f"{r['parameters'] / 1e6:.2f}M parameters, step {r['step']:,}")
-        for row in range(0 if args.json else args.num_samples):
-            print(f"----- {row + 1}")
-            if args.compare or animate:
-                play(results, row, animate)
-            else:
-                print(results[0][0]["samples"][row])
+        record, *_ = generate(args, args.run or newest_run())
+        if args.json:
+            print(json.dumps(record))
+            return 0
+        print(f"{record['run']}/{record['checkpoint']}.pt: {record['objective']}, "
+              f"{record['parameters'] / 1e6:.2f}M parameters, step {record['step']:,}")
+        for number, text in enumerate(record["samples"], 1):
+            print(f"----- {number}\n{text}")
     except (UserError, DataError, OSError, UnicodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

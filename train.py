@@ -90,10 +90,11 @@ def batch_starts(seed, step, U, T, B):
 
 
 def draw_mask(B, T, generator):  # [DIFFUSION]
-    """The training masks of B blocks, (B, T) bool, and the weight of each block in the loss descended, (B,).
+    """Training masks of B blocks, (B, T) bool, and the weight of each in the loss that is descended, (B,).
 
-    A block's loss is the mean over its k masked tokens. With k uniform on 1..T and weight 1 this is the
-    bound. Try others here: model.evaluate draws masks of its own, so that what is reported stays the bound.
+    The loss of a block is the mean over its k masked tokens, so k uniform on 1..T with weight 1 is the bound.
+    k with probability P(k) and weight 1 / (T P(k)) is the same bound. Whatever stands here: the train_loss of
+    the log has no weights, and evaluate draws its own masks, so that val_loss stays the bound.
     """
     return mask_k(uniform_k(B, T, generator), T, generator), torch.ones(B)
 
@@ -101,34 +102,32 @@ def draw_mask(B, T, generator):  # [DIFFUSION]
 def get_batch(config, tokens, step, rows=slice(None)):
     """What a step learns from: the arguments of GPT.forward as a dict, and the weight of each block, (B,).
 
-    tokens: (U,) ids. rows: the part of the batch that is wanted, from an even row to an even row.
+    tokens: (U,) ids on the device. rows: the part of the batch that this process takes, an even number.
     """
     seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
-    start = send(torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]), tokens.device)  # (B,)
-    x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
-    batch, weight = {"x": x}, torch.ones(B)  # [AR] the tokens are all it takes
+    device = tokens.device
+    start = torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]).to(device)  # (B,)
+    x = tokens[(start[:, None] + torch.arange(T, device=device)) % U]  # (B, T)
+    inputs, weight = {"x": x}, torch.ones(B)  # [AR] the tokens are all it takes
+    if config["replace"]:
+        inputs["noisy"] = replace_tokens(config, x, step, rows)
     if config["objective"] == "diffusion":
         generator = torch.Generator().manual_seed(derive(seed, "mask", step))
         mask, weight = draw_mask(B, T, generator)  # [DIFFUSION]
-        index = mask[rows].flatten().nonzero().squeeze(1)  # (M,) counted on the CPU, as nothing waits there
-        batch |= {"mask": send(mask[rows], x.device), "index": send(index, x.device)}
-    if config["replace"]:
-        batch["seen"] = replace_tokens(config, x, step, rows)
-    return batch, send(weight[rows], x.device)
+        if weight.shape != (B,):
+            raise ValueError(f"draw_mask gave a weight of shape {tuple(weight.shape)}, it takes ({B},)")
+        keep = mask[rows].flatten().nonzero().squeeze(1)  # (M,), on the CPU: a GPU would have to wait
+        inputs |= {"mask": mask[rows].to(device), "keep": keep.to(device)}
+    return inputs, weight[rows].to(device)
 
 
 def replace_tokens(config, x, step, rows):
-    """What a network reads in place of x (B, T): a share of the tokens is replaced by random ones."""
+    """x (B, T) with a share of its tokens replaced by random ones: read in its place, it regularises."""
     rng = np.random.default_rng(derive(config["seed"], "noise", step))
     shape = config["batch_size"], config["block_size"]
     u, other = rng.random(shape), rng.integers(config["vocab_size"], size=shape)
-    chosen = send(torch.from_numpy(u[rows] > 1 - config["replace"]), x.device)
-    return torch.where(chosen, send(torch.from_numpy(other[rows]), x.device), x)
-
-
-def send(x, device):
-    """A tensor from the CPU to the device. A GPU takes it when it gets there, and nobody waits."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    chosen = torch.from_numpy(u[rows] > 1 - config["replace"]).to(x.device)  # (B, T)
+    return torch.where(chosen, torch.from_numpy(other[rows]).to(x.device), x)
 
 
 def learning_rate(step, steps, peak):
@@ -149,10 +148,10 @@ def descend(optimizers, lr):
         optimizer.zero_grad()
 
 
-def train(config, saved=None, stop=lambda: False, batch=get_batch):
+def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     """Run what make_config describes, or go on from a saved checkpoint; return the log, a list of records.
 
-    stop() is asked after every step: if it says so, the run saves and ends. batch: in place of get_batch, for
+    stop() is asked after every step: if it says so, the run saves and ends. get_batch: another one, for
     experiments. Under torchrun every process computes its rows of each batch; rank 0 evaluates and writes.
     Raises UserError for what the caller can mend, prepare.DataError for the corpus.
     """
@@ -162,17 +161,17 @@ def train(config, saved=None, stop=lambda: False, batch=get_batch):
     torch.manual_seed(derive(config["seed"], "weights"))
     model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
     if saved is None:
-        config = describe(config, data, tokens, blocks, model, dtype, batch)
-        take_weights(model, config["init"], data.tokenizer)
+        config = describe(config, data, tokens, blocks, model, dtype, get_batch)
+        sample.take_weights(model, config["init"], data.tokenizer)
     model, tokens = model.to(device), tokens.to(device)
     optimizers = make_optimizers(model, config["optimizer"], config["lr"], config["weight_decay"])
     rows = slice(rank * config["batch_size"] // world, (rank + 1) * config["batch_size"] // world)
     due = evaluation_steps(config)
 
     with Run(config, saved, model, optimizers, data.tokenizer, blocks, device_line) as run:
-        network = accelerate(model, batch(config, tokens, 0, rows)[0], config["compile"], dtype)
+        network = accelerate(model, get_batch(config, tokens, 0, rows)[0], config["compile"], dtype)
         for step in range(run.step, config["steps"]):
-            inputs, weight = batch(config, tokens, step, rows)
+            inputs, weight = get_batch(config, tokens, step, rows)
             torch.manual_seed(derive(config["seed"], "dropout", step, rank))
             with precision(device, dtype):
                 loss = network(**inputs)  # (B,) of each block, in nats per token
@@ -220,30 +219,23 @@ def make_config(preset=None, **given):
     return {"preset": preset} | config
 
 
-def describe(config, data, tokens, blocks, model, dtype="auto", batch=get_batch):
+def describe(config, data, tokens, blocks, model, dtype="auto", get_batch=get_batch):
     """The config of a new run with all that is known before its first step: the log's first record."""
     p = torch.bincount(blocks.flatten()).double() / blocks.numel()
     U, B, T, N = len(tokens), config["batch_size"], config["block_size"], model.num_params()
     steps = max(1, round(config["epochs"] * (U // T) / B))
     return config | {
-        "out": config["out"] or new_run_dir(config["objective"]), "processes": processes()[1],
-        "dtype": str(dtype).removeprefix("torch."), "batch": batch.__name__,
+        "out": config["out"] or sample.new_run_dir(config["objective"]), "processes": processes()[1],
+        "dtype": str(dtype).removeprefix("torch."), "batch": get_batch.__name__,
         "data_sha256": prepare.fingerprint(data),
         "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size, "parameters": N, "steps": steps,
-        "flops": 6 * N * steps * B * T, "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,
+        "flops": 6 * N * steps * B * T, "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,  # the paper's fit
+       
         "eval_tokens": blocks.numel(),
         "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum()),
         "unigram_entropy": torch.special.entr(p).sum().item(), "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "numpy": np.__version__}}
-
-
-def new_run_dir(objective):
-    """out/ar, out/ar-2, ...: the first that is not taken."""
-    number = 1
-    while Path(name := f"out/{objective}-{number}".removesuffix("-1")).exists():
-        number += 1
-    return name
 
 
 def evaluation_steps(config):
@@ -258,7 +250,7 @@ def evaluation_steps(config):
     return {step for step in due if 0 < step < steps} | {steps}
 
 
-def reopen(run, given, batch=get_batch):
+def reopen(run, given, get_batch=get_batch):
     """The config and the checkpoint to resume a run with. Raises UserError if a flag contradicts the run."""
     if not run:
         raise UserError("--resume names no run: is a variable empty?")
@@ -266,7 +258,7 @@ def reopen(run, given, batch=get_batch):
     config = as_of_now(saved["config"])
     if "optimizers" not in saved:
         raise UserError(f"{run}/last.pt has no optimizer state to go on from: is it a copy of best.pt?")
-    if config["batch"] != batch.__name__:
+    if config["batch"] != get_batch.__name__:
         raise UserError(f"{run} was begun with the batches {config['batch']}: resume it with the same script")
     different = [f"--{name}={value} (the run has {config[name]})" for name, value in given.items()
                  if name not in ("device", "compile") and value != config[name]]
@@ -277,21 +269,6 @@ def reopen(run, given, batch=get_batch):
         log = sample.read_log(Path(run))[1:]
         saved["records"] = [record for record in log if record["step"] <= saved["state"]["step"]]
     return config | given | {"out": str(run)}, saved
-
-
-def take_weights(model, run, tokenizer):
-    """Begin with the best weights of another run. Raises UserError where tokenizer or shape do not fit."""
-    if not run:
-        return
-    saved = load_checkpoint(Path(run) / "best.pt")
-    if saved["tokenizer"] != tokenizer.spec:
-        raise UserError(f"--init={run}: it has another tokenizer; prepare your text with its own, by "
-                        f"python prepare.py --tokenizer={saved['config']['data']} --input FILE")
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError:
-        shape = " ".join(f"--{name}={saved['config'][name]}" for name in ("n_layer", "n_head", "n_embd"))
-        raise UserError(f"--init={run}: its network has another shape, {shape}") from None
 
 
 def as_of_now(config):
@@ -317,6 +294,7 @@ class Run:
     def __init__(self, config, saved, model, optimizers, tokenizer, blocks, device_line):
         self.config, self.out, self.saved = config, Path(config["out"]), saved
         self.model, self.optimizers, self.tokenizer, self.blocks = model, optimizers, tokenizer, blocks
+        self.scored = model  # what is evaluated and kept as the best: put an average of the weights here
         self.state = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
         self.log, self.device_line = [{"config": config}], device_line
         if saved:
@@ -384,7 +362,7 @@ class Run:
             return
         epoch = seen / (c["unique_tokens"] // c["block_size"] * c["block_size"])
         record = {"epoch": epoch, "step": self.step, "tokens": seen, "flops": 6 * c["parameters"] * seen,
-                  "train_loss": train_loss, **score(c, self.model, self.blocks, prefix="val_"),
+                  "train_loss": train_loss, **score(c, self.scored, self.blocks, prefix="val_"),
                   "lr": self.optimizers[0].param_groups[0]["lr"]}
         self.demand_finite(train_loss=train_loss, val_loss=record["val_loss"])
         self.log.append(record)
@@ -392,7 +370,7 @@ class Run:
             self.save("best.pt")
         if self.step == c["steps"]:  # the last and the best network once more, alike, with more mask draws
             best = model_from_checkpoint(load_checkpoint(self.out / "best.pt")).to(self.device)
-            record |= score(c, self.model, self.blocks, c["final_draws"], "final_")
+            record |= score(c, self.scored, self.blocks, c["final_draws"], "final_")
             record |= score(c, best, self.blocks, c["final_draws"], "best_")
         record["seconds"] = round(time.perf_counter() - self.started, 1)
         left = record["seconds"] * (c["steps"] / self.step - 1) / 60
@@ -418,8 +396,9 @@ class Run:
         self.state |= {"step": self.step, "loss_sum": self.loss_sum.item(),
                        "seconds": time.perf_counter() - self.started}
         content = {"config": self.config, "tokenizer": self.tokenizer.spec, "state": self.state,
-                   "records": self.log[1:], "model": self.model.state_dict()}
-        if name == "last.pt":
+                   "records": self.log[1:], "model": self.scored.state_dict()}
+        if name == "last.pt":  # from which the run can go on
+            content["model"] = self.model.state_dict()
             content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         save_checkpoint(self.out / name, content)
         lines = "".join(json.dumps(record) + "\n" for record in self.log)
@@ -435,14 +414,14 @@ def score(config, model, blocks, draws=2, prefix=""):
     return {f"{prefix}loss": loss, f"{prefix}stderr": stderr, f"{prefix}bpb": bits}
 
 
-def accelerate(model, batch, compile, dtype):
+def accelerate(model, inputs, compile, dtype):
     """What the loop calls: the model, compiled if asked for; under torchrun its gradients are averaged."""
     network = model
     if compile:
         try:
             network = torch.compile(model, options={"fallback_random": True})  # the same dropout
-            with precision(batch["x"].device, dtype):
-                network(**batch).mean().backward()
+            with precision(inputs["x"].device, dtype):
+                network(**inputs).mean().backward()
         except Exception as error:  # no compiler, no backend for this system, ...: all mean the same to us
             reason = str(error).strip().split("\n")[0]
             say(f"--compile does not work here: {type(error).__name__}: {reason}")
@@ -467,7 +446,7 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 
-def main(argv=None, batch=get_batch):
+def main(argv=None, get_batch=get_batch):
     """The command line. Returns its exit code: 0; 2 after an error that a person can mend; 128 + a signal."""
     signals = []
 
@@ -481,10 +460,10 @@ def main(argv=None, batch=get_batch):
             say(sample.compare(*given["compare"]))
             return 0
         run = given.pop("resume", None)
-        config, saved = (make_config(**given), None) if run is None else reopen(run, given, batch)
+        config, saved = (make_config(**given), None) if run is None else reopen(run, given, get_batch)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
-        train(config, saved, stop=lambda: signals, batch=batch)
+        train(config, saved, lambda: signals, get_batch)
         return 128 + signals[0] if signals else 0
     except (UserError, prepare.DataError) as error:
         told = error

@@ -14,6 +14,7 @@ the weight of each block.
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,7 +50,7 @@ def orders(N):
     PermutedGPT. Evaluation stays from left to right, one of the N.
     """
     def batch(config, tokens, step, rows=slice(None)):
-        given, weight = train.get_batch(config, tokens, step, rows)  # x (B, T), and seen where some is replaced
+        given, weight = train.get_batch(config, tokens, step, rows)  # x (B, T), and noisy where some is replaced
         order = drawn_orders(N, config, step, rows).to(tokens.device)  # (B, T)
         permuted = {name: value.gather(1, order) for name, value in given.items()}
         return permuted | {"position": F.pad(order[:, :-1] + 1, (1, 0))}, weight
@@ -60,11 +61,13 @@ def orders(N):
 class PermutedGPT(GPT):
     """A GPT whose forward also takes position, (B, T): where the tokens it reads stand, if not at 0..T-1."""
 
-    position = None
+    def __init__(self, config):
+        super().__init__(replace(config, block_size=config.block_size + 1))  # positions 0..T: see orders
+        self.config, self.position = config, None
 
-    def forward(self, x, mask=None, index=None, seen=None, position=None):
+    def forward(self, x, noisy=None, position=None):
         self.position = position
-        loss = super().forward(x, mask, index, seen)
+        loss = super().forward(x, noisy=noisy)
         self.position = None
         return loss
 
@@ -112,7 +115,7 @@ def reveal(N):
         if N:
             rank = drawn_orders(N, config, step, rows).argsort(1).to(tokens.device)  # (B, T) when it is unmasked
             mask = rank >= config["block_size"] - given["mask"].sum(1, keepdim=True)
-            given |= {"mask": mask, "index": mask.flatten().nonzero().squeeze(1)}
+            given |= {"mask": mask, "keep": mask.flatten().nonzero().squeeze(1)}
         return given, weight
     batch.__name__ = f"reveal({N})"
     return batch
@@ -125,7 +128,7 @@ def hide(share):
         shape = config["batch_size"], config["block_size"]
         u = np.random.default_rng(train.derive(config["seed"], "noise", step)).random(shape)[rows]
         hidden = torch.from_numpy(u < share).to(tokens.device)  # (B, T)
-        return given | {"seen": given.get("seen", given["x"]).masked_fill(hidden, config["vocab_size"])}, weight
+        return given | {"noisy": given.get("noisy", given["x"]).masked_fill(hidden, config["vocab_size"])}, weight
     batch.__name__ = f"hide({share})"
     return batch
 

@@ -91,7 +91,7 @@ def test_uniform_model_scores_log_V_under_both_objectives_and_both_forms():
     assert uniform("ar", V, T)(x).tolist() == pytest.approx([math.log(V)] * 4)
     model = uniform("diffusion", V, T)
     mask = draw_mask(4, T, torch.Generator().manual_seed(0))
-    assert model(x, mask).tolist() == pytest.approx([math.log(V)] * 4)
+    assert model(x, mask=mask).tolist() == pytest.approx([math.log(V)] * 4)
     assert paper_expectation(model, x[0], lambda nll, mask, t: nll.sum(1) / t / T) == pytest.approx(math.log(V))
     assert evaluate(model, x)[0] == pytest.approx(math.log(V))
 
@@ -115,8 +115,8 @@ def test_forward_computes_exactly_that_loss_mask_by_mask():
     blocks = x.expand(len(masks), 5)
     expected = exact_k(masked_nll(model, blocks, masks), masks)
     index = masks.flatten().nonzero().squeeze(1)
-    assert torch.allclose(model(blocks, masks).double(), expected, atol=1e-6)
-    assert torch.equal(model(blocks, masks), model(blocks, masks, index))
+    assert torch.allclose(model(blocks, mask=masks).double(), expected, atol=1e-6)
+    assert torch.equal(model(blocks, mask=masks), model(blocks, mask=masks, keep=index))
 
 
 WRONG = {  # losses in the wild that are not a bound (per block and batch-free ones); each would pass a weaker test
@@ -197,7 +197,7 @@ def test_logits_in_parts_give_the_same_loss_and_gradient(monkeypatch, objective)
         model.zero_grad()
         kept = []  # sizes of what the backward pass will need
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            loss = model(x, mask if objective == "diffusion" else None)
+            loss = model(x, mask=mask if objective == "diffusion" else None)
         loss.mean().backward()
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
         assert (max(kept) >= V * 8 * T // 2) == (at_once > 3 * V)  # all logits at once, or not
@@ -224,7 +224,7 @@ def test_a_124M_network_on_32_blocks_of_1024_fits_a_card_of_24_GB(objective):
         mask = draw_mask(B, T, torch.Generator().manual_seed(0)) if objective == "diffusion" else None
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16), \
                 sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # what a GPU takes: no T x T weights are kept
-            loss = model(torch.randint(100, (B, T)), mask).mean()
+            loss = model(torch.randint(100, (B, T)), mask=mask).mean()
         assert loss > 0  # and so its graph still holds what was counted
         return sum(sizes.values())
 
@@ -242,7 +242,7 @@ def test_diffusion_may_read_other_tokens_than_it_predicts():
     x, seen, mask = torch.randint(V, (4, T)), torch.randint(V, (4, T)), torch.rand(4, T) < 0.5
     mask[:, 0] = True
     nll = F.cross_entropy(model.logits(seen.masked_fill(mask, V)).transpose(1, 2), x, reduction="none")
-    assert torch.allclose(model(x, mask, seen=seen), (nll * mask).sum(1) / mask.sum(1))
+    assert torch.allclose(model(x, mask, noisy=seen), (nll * mask).sum(1) / mask.sum(1))
 
 
 def test_an_ar_model_may_read_other_tokens_than_it_predicts():
@@ -251,7 +251,7 @@ def test_an_ar_model_may_read_other_tokens_than_it_predicts():
     x, seen = torch.randint(V, (4, T)), torch.randint(V + 1, (4, T))
     logits = model.logits(torch.cat((torch.full((4, 1), V), seen[:, :-1]), dim=1))
     expected = F.cross_entropy(logits.transpose(1, 2), x, reduction="none").mean(1)
-    assert torch.allclose(model(x, seen=seen), expected) and torch.equal(model(x, seen=x), model(x))
+    assert torch.allclose(model(x, noisy=seen), expected) and torch.equal(model(x, noisy=x), model(x))
 
 
 def test_ar_logits_do_not_see_the_future():

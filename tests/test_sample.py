@@ -1,20 +1,17 @@
 """The samplers draw from the distribution they claim, and the command line does what it says."""
 
-import io
 import itertools
 import json
 import math
 import os
 import re
 import shutil
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import sample
 from conftest import any_order_losses, tiny
 from model import GPTConfig, UserError, save_checkpoint
 from prepare import Tokenizer
@@ -404,11 +401,9 @@ def test_json_has_all_that_made_the_samples(runs, capsys):
         "num_samples": 2, "prompt": "w1a", "temperature": 1.0, "checkpoint": "best", "step": 7}.items()
     assert 2 <= first["network_evaluations"] <= 8 and first["seconds"] > 0  # two windows
     assert first["tokens_per_second"] == pytest.approx(2 * 37 / first["seconds"])
-    both = say(capsys, "--compare", runs / "ar", runs / "diffusion", *how).splitlines()
-    ar, diffusion = map(json.loads, both)
+    how.remove("--steps=4")
+    ar = json.loads(say(capsys, "--run", runs / "ar", *how))
     assert (ar["objective"], ar["order"], ar["network_evaluations"]) == ("ar", "left", 37)
-    assert (diffusion["objective"], diffusion["order"]) == ("diffusion", "random")
-    assert diffusion["samples"] == first["samples"]
 
 
 @pytest.mark.parametrize("name, flags, order", [
@@ -423,87 +418,17 @@ def test_json_tells_the_order_that_was_used(runs, capsys, name, flags, order):
         assert json.loads(say(capsys, *how, "--order", order))["samples"] == record["samples"]
 
 
-def test_without_a_terminal_there_are_only_plain_lines(runs, capsys):
-    for name in ("ar", "diffusion"):
-        how = ["--run", runs / name, "--num_samples=2", "--length=40"]
-        plain, shown = (say(capsys, *how, *extra).splitlines()[1:] for extra in ([], ["--show"]))
-        assert plain == shown and not any("\033" in line or "░" in line for line in shown)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-    def screens(self):
-        """What a person saw: the screen (without colours) whenever the cursor went up, and at the end."""
-        lines, row, seen = [], 0, []
-        for part in re.split(r"(\n|\033\[\d+A)", re.sub(r"\033\[[\d;]*m", "", self.getvalue())):
-            if part == "\n":
-                row += 1
-            elif part.startswith("\033"):
-                seen.append([*lines])
-                row -= int(part[2:-1])
-                assert row >= 0
-            elif part:
-                lines += [""] * (row + 1 - len(lines))
-                lines[row] = part + lines[row][len(part):]
-        return [*seen, lines]
-
-
-@pytest.mark.parametrize("name", ["ar", "diffusion"])
-def test_on_a_terminal_the_text_develops(runs, capsys, monkeypatch, name):
-    monkeypatch.setattr(sample.time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("COLUMNS", "30")
-    how = ["--run", str(runs / name), "--num_samples=1", "--length=50"]
-    text = json.loads(say(capsys, *how, "--json"))["samples"][0]
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    assert main([*how, "--show"]) == 0
-    screens = terminal.screens()
-    assert len(screens) == 52  # before the first forward pass, after each of 50, and at rest
-    body = ["".join(screen[2:]) for screen in screens]  # after the two header lines
-    assert body[-1].replace(" ", "") == re.sub(r"\s", "", text) and "░" not in body[-1]
-    left = [screen.count("░") for screen in body]
-    if name == "diffusion":
-        assert left[0] >= 50 and left == sorted(left, reverse=True) and left[-2] == 0
-    else:
-        assert not any(left) and [len(screen.strip()) for screen in body][:1] == [0]
-    assert terminal.getvalue().count("\033[7m") == len(text)  # every character was new once
-
-
-def test_ctrl_c_ends_without_a_traceback(runs, capsys, monkeypatch):
-    def interrupt(seconds):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(sample.time, "sleep", interrupt)
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    assert main(["--run", str(runs / "ar"), "--length=9", "--show"]) == 130
-
-
-def test_compare_stands_side_by_side(runs, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "43")
-    how = ["--compare", runs / "ar", runs / "diffusion", "--num_samples=1", "--length=60", "--prompt=w1a",
-           "--steps=3"]
-    out = say(capsys, *how).splitlines()
-    texts = [json.loads(line)["samples"][0] for line in say(capsys, *how, "--json").splitlines()]
-    assert "ar" in out[0] and "diffusion" in out[1]
-    columns = [[line.split(" │ ")[side] for line in out[3:]] for side in (0, 1)]
-    assert {len(line) for column in columns for line in column} == {19}
-    for column, text in zip(columns, texts, strict=True):
-        assert re.sub(r"\s", "", "".join(column)) == re.sub(r"\s", "", text)
-
-
 @pytest.mark.parametrize("argv, message", [
     (["--run=ar", "--infill=a ____ b"], "for diffusion"), (["--run=ar", "--steps=4"], "for diffusion"),
     (["--run=ar", "--order=left"], "for diffusion"), (["--run=diffusion", "--order=up"], "invalid choice"),
-    (["--run=diffusion", "--infill=@ar/best.pt"], "utf-8"), (["--json", "--show"], "not allowed with"),
+    (["--run=diffusion", "--infill=@ar/best.pt"], "utf-8"),
     (["--run=diffusion", "--infill=w1a"], "needs gaps"), (["--run=diffusion", "--infill=@none"], "none"),
     (["--run=diffusion", "--temperature=-1"], "--temperature=-1"), (["--run=ar", "--top_p=0"], "--top_p=0"),
     (["--run=ar", "--temperature=nan"], "--temperature"), (["--run=ar", "--top_p=1.1"], "--top_p=1.1"),
     (["--run=ar", "--length=2", "--prompt=w1a"], "leaves nothing to write"), (["--nonsense"], "--nonsense"),
     (["--run=ar", "--num_samples=0"], "--num_samples=0"), (["--run=none"], "no such checkpoint"),
-    (["--run=ar", "--compare", "ar", "diffusion"], "not allowed with"), (["--seed=x"], "--seed"),
+    (["--seed=x"], "--seed"),
     (["--run=ar", "--prompt=a", "--infill=a ____ b"], "not allowed with"), (["--prompt=\u2603"], "no run"),
-    (["--compare", "ar", "diffusion", "--infill=a ____"], "for diffusion"),
     (["--run=ar", "--prompt=\u2603"], "lacks"),
     (["--run=ar", "--checkpoint=last"], "last.pt"), ([], "no run under out/")])
 def test_bad_input_is_answered_in_a_line_or_two(runs, capsys, monkeypatch, argv, message):

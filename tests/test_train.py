@@ -77,12 +77,12 @@ def test_both_objectives_meet_the_same_weights_and_batches(corpus):
     tokens = torch.arange(1000) % 50
     for step in (0, 9):
         batch, weight = train.get_batch(config(corpus, objective="diffusion"), tokens, step)
-        x, mask, index = batch.values()
+        x, mask, keep = batch.values()
         plain, ones = train.get_batch(config(corpus, objective="ar"), tokens, step)
         assert [*plain] == ["x"] and torch.equal(x, plain["x"])
         assert torch.equal(weight, torch.ones(8)) and torch.equal(ones, weight)  # both descend what they report
-        assert torch.equal(mask.flatten().nonzero().flatten(), index)
-        assert len(index) == 8 * 17 // 2  # B (T+1) / 2, whatever the draw
+        assert torch.equal(mask.flatten().nonzero().flatten(), keep)
+        assert len(keep) == 8 * 17 // 2  # B (T+1) / 2, whatever the draw
         assert torch.equal(mask, train.get_batch(config(corpus), tokens, step)[0]["mask"])  # of the step alone
         assert not torch.equal(mask, train.get_batch(config(corpus), tokens, step + 1)[0]["mask"])
 
@@ -94,7 +94,7 @@ def test_what_a_network_reads_is_replaced_in_the_share_asked_for(corpus, objecti
     changed = 0.0
     for step in range(40):
         given, clean = (train.get_batch(settings, tokens, step)[0] for settings in (c, c | {"replace": 0}))
-        seen = given.pop("seen")
+        seen = given.pop("noisy")
         assert given.keys() == clean.keys() and all(torch.equal(given[name], clean[name]) for name in clean)
         changed += (seen != given["x"]).double().mean().item() / 40
     assert abs(changed - 0.3 * 49 / 50) < 0.015  # 5 standard errors
@@ -107,10 +107,10 @@ def test_the_parts_of_a_batch_are_the_batch(corpus):
         whole, weight = train.get_batch(c, tokens, 3)
         parts, weights = zip(*(train.get_batch(c, tokens, 3, slice(i, i + 2)) for i in range(0, 8, 2)), strict=True)
         assert torch.equal(weight, torch.cat(weights))
-        for name in set(whole) - {"index"}:
+        for name in set(whole) - {"keep"}:
             assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
-        if "index" in whole:
-            assert all(len(part["index"]) == 17 for part in parts)  # (T+1) tokens for each pair of rows
+        if "keep" in whole:
+            assert all(len(part["keep"]) == 17 for part in parts)  # (T+1) tokens for each pair of rows
 
 
 def test_learning_rate_warms_up_and_ends_at_a_tenth():

@@ -20,10 +20,11 @@ CONFIG = train.make_config("laptop", objective="ar", block_size=7, batch_size=4,
 
 
 def permuted(objective, **shape):
-    """conftest's tiny network as a PermutedGPT."""
+    """conftest's tiny network as a PermutedGPT: the same weights."""
     model = tiny(objective, **shape)
-    model.__class__ = why.PermutedGPT
-    return model
+    other = why.PermutedGPT(model.config).double().eval()
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 def test_one_order_is_plain_ar():
@@ -43,9 +44,9 @@ def test_a_network_may_read_in_another_order():
 def test_what_is_replaced_moves_too():
     config = CONFIG | {"replace": 0.5}
     plain, batch = train.get_batch(config, TOKENS, 3)[0], why.orders(4)(config, TOKENS, 3)[0]
-    for name in ("x", "seen"):
+    for name in ("x", "noisy"):
         assert torch.equal(batch[name].sort().values, plain[name].sort().values)
-    assert (batch["seen"] != batch["x"]).any()
+    assert (batch["noisy"] != batch["x"]).any()
 
 
 def test_hide_masks_the_share_asked_for_and_predicts_what_is_there():
@@ -53,8 +54,8 @@ def test_hide_masks_the_share_asked_for_and_predicts_what_is_there():
     for step in range(400):
         given, weight = why.hide(0.1)(CONFIG, TOKENS, step)
         assert torch.equal(given["x"], train.get_batch(CONFIG, TOKENS, step)[0]["x"]) and (weight == 1).all()
-        kept = given["seen"] != 100
-        assert torch.equal(given["seen"][kept], given["x"][kept])
+        kept = given["noisy"] != 100
+        assert torch.equal(given["noisy"][kept], given["x"][kept])
         hidden += (~kept).double().mean().item() / 400
     assert abs(hidden - 0.1) < 5 * (0.09 / 28 / 400) ** 0.5
 
@@ -89,8 +90,8 @@ def test_a_run_goes_on_with_its_own_batches_only(tmp_path):
     saved = {"config": CONFIG | {"batch": "orders(2)"}, "optimizers": [], "records": []}
     save_checkpoint(tmp_path / "last.pt", saved)
     with pytest.raises(UserError, match="orders\\(2\\)"):
-        train.reopen(tmp_path, {}, batch=why.orders(4))
-    assert train.reopen(tmp_path, {}, batch=why.orders(2))[0]["batch"] == "orders(2)"
+        train.reopen(tmp_path, {}, get_batch=why.orders(4))
+    assert train.reopen(tmp_path, {}, get_batch=why.orders(2))[0]["batch"] == "orders(2)"
 
 
 def test_reveal_masks_the_last_k_of_one_order_and_leaves_k_alone():
@@ -102,7 +103,7 @@ def test_reveal_masks_the_last_k_of_one_order_and_leaves_k_alone():
             given = why.reveal(N)(config, TOKENS, step)[0]
             mask = given["mask"]
             assert torch.equal(given["x"], plain["x"]) and torch.equal(mask.sum(1), plain["mask"].sum(1))
-            assert torch.equal(given["index"], mask.flatten().nonzero().squeeze(1))
+            assert torch.equal(given["keep"], mask.flatten().nonzero().squeeze(1))
             assert N > 1 or not (mask[:, :-1] & ~mask[:, 1:]).any()
             for row in mask:
                 ends = why.fixed_orders(N, 7, config["seed"])[:, 7 - int(row.sum()):].sort(1).values
