@@ -25,6 +25,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -289,9 +290,11 @@ def evaluate(model, blocks, draws=2, seed=0, batch_size=64):
     masks = [mask_k(uniform_k(N, T, generator), T, generator) for _ in range(draws)]  # [DIFFUSION]
     k = torch.stack([mask.sum(1) for mask in masks], dim=1)  # (N, draws)
     even = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) what uniform_k spreads over 1..T, in ascending order
-    if (k.sort(0).values - even[:, None]).abs().max() > 2 * T / N + 1:
-        raise ValueError("evaluate got masks whose k is not uniform on 1..T, so its loss is no bound: leave "
-                         "uniform_k and mask_k as they are; a training schedule goes into train.draw_mask")
+    far = (k.sort(0).values - even[:, None]).abs().max() > 2 * T / N + 1
+    pairs = k[:N // 2 * 2].view(N // 2, 2, draws).sum(1)  # of k and T+1-k
+    if far or (pairs != T + 1).any() or k.min() < 1 or k.max() > T:
+        raise ValueError("evaluate got masks whose k is not uniform on 1..T, as uniform_k has it: leave it "
+                         "as it is, or val_loss is no bound; a training schedule goes into train.draw_mask")
     loss = torch.stack([block_losses(model, blocks, mask, batch_size) for mask in masks], dim=1)  # (N, draws)
     return loss.mean().item(), standard_error(loss, k)
 
@@ -300,11 +303,14 @@ def block_losses(model, blocks, mask, batch_size):
     """model(blocks, mask) without dropout, in batches: (N,) float64 on the CPU, nats per token."""
     device, training, losses = model.embed.weight.device, model.training, []
     model.eval()
-    for i in range(0, len(blocks), batch_size):
-        part = slice(i, i + batch_size)
-        losses.append(model(blocks[part].to(device), mask=None if mask is None else mask[part].to(device)))
-    model.train(training)
-    return torch.cat(losses).double().cpu()
+    try:
+        for i in range(0, len(blocks), batch_size):
+            part = slice(i, i + batch_size)
+            chosen = None if mask is None else mask[part].to(device)
+            losses.append(model(blocks[part].to(device), chosen))
+    finally:
+        model.train(training)
+    return torch.cat(losses).cpu().double()  # in this order: not every device has float64
 
 
 def standard_error(loss, k):
@@ -337,14 +343,15 @@ def choose_device(name="auto", dtype="auto"):
             name, why = "cuda", "PyTorch sees a GPU"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("choose cpu, cuda or mps")
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name}: {str(error).splitlines()[0]}; try --device=auto") from None
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast = {"cpu": torch.cpu._is_avx512_bf16_supported, "cuda": torch.cuda.is_bf16_supported}.get(device.type)
     if dtype == "auto":
-        dtype = "bfloat16" if fast else "float32"
-    bf16 = "it has fast bf16" if fast else "it has no fast bf16"
-    return device, getattr(torch, dtype), f"device {device} ({why}), matrix products in {dtype} ({bf16})"
+        dtype = "bfloat16" if fast and fast() else "float32"
+    return device, getattr(torch, dtype), f"device {device} ({why}), matrix products in {dtype}"
 
 
 @contextmanager
@@ -365,9 +372,12 @@ def processes():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_processes(device):
-    """Join the other processes under torchrun; return (rank, world). Raises UserError if a GPU is lacking."""
+def join_processes(device, batch_size):
+    """Join the others under torchrun: (rank, world). Raises UserError if they can not share a batch."""
     rank, world = processes()
+    if batch_size % (2 * world):
+        raise UserError(f"--batch_size={batch_size}: masks are drawn in pairs, so {world} processes need a "
+                        f"multiple of {2 * world}")
     if world > 1 and not dist.is_initialized():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         on_gpu = gpus > 0 and device in ("auto", "cuda")
@@ -381,7 +391,11 @@ def join_processes(device):
 
 def make_model(config):
     """The GPT that a dict describes; keys that GPTConfig does not have are left alone."""
-    return GPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)}))
+    shape = GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)})
+    try:
+        return GPT(shape)
+    except RuntimeError as error:
+        raise UserError(f"no memory for {shape.n_layer} layers of {shape.n_embd} channels: {error}") from None
 
 
 def write_atomic(path, write):
@@ -407,6 +421,7 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU. Raises UserError where there is no sound one."""
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one with python train.py --out={path.parent}")
     try:

@@ -4,16 +4,17 @@ documents  go to train, val or tune by a hash of their text (sotu: of the year, 
            and a written version of one address). Runs report val. Hyper-parameters are chosen on tune.
 tokenizer  is trained on the training documents only.
 passages   are what is stored: documents cut at blank lines into up to 4 kB, <|endoftext|> after each. Those
-           of train are shuffled, always alike. So its first U tokens are a fair sample of all its documents,
-           and smaller subsets are prefixes of larger ones. val and tune keep the order of the text.
+           of train are shuffled, always alike: its first U tokens are a fair sample, and subsets nest.
 the disk   gets train.bin, val.bin, tune.bin (uint16 or uint32 ids) and meta.json, all of them or none.
 """
 
 import argparse
 import contextlib
+import glob
 import gzip
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -33,6 +34,8 @@ VAL_END, TUNE_END = 0.10, 0.15  # documents with a hash below the first go to va
 # bpe merges within a match only. Any character is in one. GPT-2's pattern fails on very long runs of spaces.
 SPLIT_PATTERN = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
 FORMAT, VERSION, EOT = "ambigpt-data", 1, "<|endoftext|>"
+DEFAULTS = {"data/sotu-bpe512": ("vocab_size", 512), "data/sotu-bpe4096": ("vocab_size", 4096),
+            "data/sotu-char": ("tokenizer", "char")}  # what train.py prepares by itself
 Data = namedtuple("Data", "meta tokenizer splits")  # splits: {name: (tokens,) ids, read-only}
 
 
@@ -50,34 +53,35 @@ def read_sotu():
         yield row.fileid[:4].encode(), text  # such as 1790-Washington-1
 
 
-def read_files(paths):
-    """Yield (text, text) of UTF-8 files. Each file is a document, or each passage if there is but one."""
-    for path in paths:
-        try:
-            text = Path(path).read_bytes().decode("utf-8-sig").encode()  # sound, without a byte order mark
-        except UnicodeError as error:
-            raise DataError(f"{path} is no UTF-8 text ({error}): --input takes text files") from error
-        for document in [text] if len(paths) > 1 else passages(text):
-            yield document, document
-
-
-def split(documents):
+def split(documents, balance=False):
     """(key, text) documents in bytes -> {name: [(document number, passage), ...]} for SPLITS.
 
     The hash of its key, a number in [0, 1), says where a document goes. So equal keys stay together, and none
     moves when others are added. Only a split left empty, in a small corpus, takes the next in line.
+
+    balance: where val or tune is then 3 points off its share of the bytes, both are filled up to it in the
+    order of the hashes. If that is not enough, documents longer than a 60th of the text are cut into parts.
+    A part is a run of passages: a single one, between its neighbours in train, would be too easy to predict.
     """
     documents = [(key, text) for key, text in documents if text]
-    places = np.array([int(hashlib.sha256(key).hexdigest()[:16], 16) / 16**16 for key, _ in documents])
-    order = np.unique(places)  # ascending
-    if len(order) < 3:
-        raise DataError(f"too short: {len(order)} documents, but it takes 3: give 3 files, or one of 9 kB")
-    val = np.clip(np.searchsorted(order, VAL_END), 1, len(order) - 2)
-    tune = np.clip(np.searchsorted(order, TUNE_END), val + 1, len(order) - 1)
-    names = np.select([places < order[val], places < order[tune]], ["val", "tune"], default="train")
+    total = sum(len(text) for _, text in documents)
+    for attempt in ("hash", "fill", "cut") if balance else ("hash",):
+        if attempt == "cut":
+            documents = [(part, part) for _, text in documents for part in passages(text, total // 60 + 256)]
+        places = np.array([int(hashlib.sha256(key).hexdigest()[:16], 16) / 16**16 for key, _ in documents])
+        order, which = np.unique(places, return_inverse=True)  # ascending
+        share = np.bincount(which, [len(text) / total for _, text in documents])  # of the bytes
+        order = order if attempt == "hash" else share.cumsum() - share / 2  # by the middle of each
+        val = np.clip(np.searchsorted(order, VAL_END), 1, len(order) - 2)
+        tune = np.clip(np.searchsorted(order, TUNE_END), val + 1, len(order) - 1)
+        if np.allclose([share[:val].sum(), share[val:tune].sum()], [VAL_END, TUNE_END - VAL_END], 0, 0.03):
+            break
+    names = np.select([which < val, which < tune], ["val", "tune"], default="train")
     splits = {name: [] for name in SPLITS}
     for number, (_, text) in enumerate(documents):
         splits[names[number]] += [(number, passage) for passage in passages(text)]
+    if not all(splits.values()):
+        raise DataError(f"too short: {len(order)} documents, it takes 3: give 3 files, or one of 9 kB")
     return splits
 
 
@@ -124,16 +128,16 @@ class Tokenizer:
         """kind: bpe (V = vocab_size) or char, fitted to training texts (str); gpt2; or a prepared folder."""
         spec = {"kind": kind}
         if kind == "char":
-            spec["characters"] = "".join(sorted(set().union(*texts)))
+            spec["characters"] = "".join(sorted({character for text in texts for character in set(text)}))
         elif kind == "bpe":
             import rustbpe  # here, as it is not needed where the data is there already
             if not 257 <= vocab_size <= 1_000_000:
-                raise DataError(f"vocab_size is {vocab_size}: bpe takes 257 (256 bytes and {EOT}) to 1000000")
+                raise DataError(f"vocab_size is {vocab_size}: bpe takes 257 to 10^6, or use --tokenizer=char")
             trainer = rustbpe.Tokenizer()
             trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=SPLIT_PATTERN)
             spec["pattern"] = SPLIT_PATTERN
             spec["tokens"] = [token.decode("latin-1") for token, _ in trainer.get_mergeable_ranks()]
-        elif kind != "gpt2" and Path(kind).is_dir():
+        elif kind != "gpt2" and os.path.exists(os.path.expanduser(kind)):
             return load(kind).tokenizer
         return cls(spec)
 
@@ -173,10 +177,11 @@ def write_split(path, tokenizer, pieces, max_tokens=None):
         tokens += len(ids) + 1
         if max_tokens and tokens >= max_tokens:
             break
-    ids = np.concatenate(encoded)[:max_tokens]
-    path.write_bytes(ids.tobytes())
+    ids, lengths = np.concatenate(encoded)[:max_tokens], tokenizer.token_bytes()
+    path.write_bytes(ids)
+    size = sum(int(lengths[part].sum()) for part in np.array_split(ids, len(encoded)))  # in little memory
     return {"documents": len(starts), "passages": len(encoded), "tokens": len(ids),
-            "bytes": int(tokenizer.token_bytes()[ids].sum()), "sha256": hashlib.sha256(ids).hexdigest(),
+            "bytes": size, "sha256": hashlib.sha256(ids).hexdigest(),
             "dropped": dropped, "document_starts": list(starts.values())}
 
 
@@ -189,37 +194,44 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"max_tokens is {max_tokens}: it must be at least 1")
     readers = {"sotu": read_sotu, "shakespeare": read_shakespeare, "c4": lambda: read_c4(max_tokens)}
+    inputs = find_files(inputs)
     documents = read_files(inputs) if inputs else readers[dataset]()
     dataset = f"input-{Path(inputs[0]).stem}" if inputs else dataset
     label = f"bpe{vocab_size}" if tokenizer == "bpe" else Path(tokenizer).name.split("-")[-1]
-    folder = Path(out or f"data/{dataset}-{label}")
+    folder = Path(os.path.expanduser(out or f"data/{dataset}-{label}"))
 
     with replacing(folder) as new:
         Tokenizer.train(tokenizer, ["a"], vocab_size)  # what is wrong shows here, not after a long download
-        pieces = split(documents)
+        pieces = split(documents, balance=bool(inputs))
         if dataset != "c4":  # which is shuffled: in its own order a longer stream continues a shorter one
             pieces["train"].sort(key=lambda pair: hashlib.sha256(pair[1]).digest())
-        coder = Tokenizer.train(tokenizer, [text.decode() for _, text in pieces["train"]], vocab_size)
-        splits = {"train": write_split(new / "train.bin", coder, pieces["train"], max_tokens)}
+        coder = Tokenizer.train(tokenizer, (text.decode() for _, text in pieces["train"]), vocab_size)
+        splits = {name: write_split(new / f"{name}.bin", coder, pieces[name],
+                                    max_tokens if name == "train" else None) for name in SPLITS}
         del splits["train"]["document_starts"]  # shuffled passages start no document
-        for name in ("val", "tune"):
-            splits[name] = write_split(new / f"{name}.bin", coder, pieces[name])
         meta = {"format": FORMAT, "version": VERSION, "dataset": dataset, "command": command,
                 "dtype": coder.dtype.name, "splits": splits, "tokenizer": coder.spec}
         (new / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
-    for name, part in splits.items():
-        lacking = dict(part["dropped"]) or "nothing"
-        print(f"{name:<6}{part['documents']:>8,} documents{part['tokens']:>13,} tokens"
-              f"{part['bytes'] / part['tokens']:>7.2f} bytes per token; not in the vocabulary: {lacking}")
-    print(f"{folder} has a {coder.kind} vocabulary of {coder.vocab_size}. Next:\n"
-          f"  python train.py --data={shlex.quote(str(folder))} --objective=diffusion")
+    total = sum(part["bytes"] for part in splits.values())
+    for (name, got), aim in zip(splits.items(), (0.85, 0.10, 0.05), strict=True):
+        print(f"{name:6}{got['documents']:8,} documents{got['tokens']:13,} tokens{got['bytes'] / total:8.1%}"
+              f" of the bytes (aim {aim:.0%}){got['bytes'] / got['tokens']:7.2f} bytes per token")
+        if n := got["dropped"].total():
+            print(f"{name}: left out {n:,} characters of {len(got['dropped'])} kinds not in the vocabulary",
+                  f"({n / (n + got['tokens']):.1%}), such as", *map(repr, list(got["dropped"])[:3]))
+    ratio = splits["val"]["tokens"] / sum(len(text.decode()) for _, text in pieces["val"])
+    if ratio > 1.1 and coder.kind != "char":
+        print(f"A character takes {ratio:.1f} tokens: try --tokenizer=char or a larger --vocab_size")
+    print(f"{folder} has a {coder.kind} vocabulary of {coder.vocab_size}.", next_step(folder, inputs, splits))
     return meta
 
 
 def load(folder, sha256=None):
     """Open a folder as Data. Raises DataError unless it is as prepare() wrote it, and of that fingerprint."""
-    folder, meta = Path(folder), {}
+    folder, meta = Path(os.path.expanduser(folder)), {}
+    if not os.path.exists(folder / "meta.json"):
+        raise DataError(f"{folder} is no folder that prepare.py made: {what_instead(folder)}")
     try:
         meta = dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
         if (meta["format"], meta["version"]) != (FORMAT, VERSION):
@@ -230,8 +242,8 @@ def load(folder, sha256=None):
             if hashlib.sha256(ids).hexdigest() != meta["splits"][name]["sha256"]:
                 raise ValueError(f"{name}.bin does not have its SHA-256")
     except (KeyError, OSError, TypeError, ValueError) as error:
-        command = meta.get("command") or f"python prepare.py --out={shlex.quote(str(folder))}"
-        raise DataError(f"cannot load {folder} ({error}): run `{command}` or name another folder") from error
+        remedy = f"run `{meta['command']}`" if meta.get("command") else "prepare it again elsewhere,"
+        raise DataError(f"cannot load {folder} ({error}): {remedy} or name another folder") from error
     data = Data(meta, tokenizer, splits)
     if sha256 not in (None, fingerprint(data)):
         raise DataError(f"{folder} is not the data that this run was trained on: prepare that again")
@@ -247,20 +259,15 @@ def fingerprint(data):
 def open_data(config):
     """What a run of train.py reads: (Data, training tokens (U,), held-out blocks (N, T)), both int64 tensors.
 
-    Makes the default corpus, under its own name, if it is not there yet; under torchrun rank 0 does. Raises
-    DataError where sizes do not fit.
+    Makes a default corpus that is missing, on rank 0. Raises DataError where sizes do not fit.
     """
     import torch  # the other functions here do without
-
     from model import processes
-    folder, T, B = Path(config["data"]), config["block_size"], config["batch_size"]
-    default = re.fullmatch(r"data/sotu-(bpe|char)(\d*)", config["data"])
+    folder, T, B = Path(os.path.expanduser(config["data"])), config["block_size"], config["batch_size"]
+    default = DEFAULTS.get(folder.as_posix())
     if default and not folder.exists() and not processes()[0]:
         print(f"{folder} is not there yet: preparing the default corpus")
-        kind, size = default.groups()
-        arguments = [f"--tokenizer={kind}", *[f"--vocab_size={size}"] * bool(size)]
-        prepare(tokenizer=kind, vocab_size=int(size or 512), out=folder,
-                command=shlex.join(["python", "prepare.py", *arguments]))
+        prepare(**dict([default]), out=folder, command="python prepare.py --{}={}".format(*default))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other processes wait for rank 0
     data = load(folder, config.get("data_sha256"))
@@ -271,18 +278,54 @@ def open_data(config):
     if U // T < B:
         raise DataError(f"--batch_size={B} times --block_size={T} is {B * T:,} tokens: there are {U:,}")
     if N < 1:
-        raise DataError(f"--block_size={T}: the held-out split {config['split']!r} of {folder} has only "
-                        f"{len(held_out)} tokens; use shorter blocks or more text")
+        raise DataError(f"--block_size={T}: {config['split']!r} of {folder} has but {len(held_out)} tokens")
     chosen = np.linspace(0, N - 1, min(N, config["eval_blocks"] or N)).round().astype(int)
     blocks = np.asarray(held_out[: N * T]).reshape(N, T)[chosen]
     return data, torch.from_numpy(ids[:U].astype(np.int64)), torch.from_numpy(blocks.astype(np.int64))
 
 
-# ----- machinery: downloads, a folder that is there whole or not at all, the command line
+# ----- machinery: files, downloads, a folder that is there whole or not at all, the command line
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/c4-train.{:05d}-of-01024.json.gz"
+
+
+def find_files(inputs):
+    """The files that names of files, folders and patterns (books/*.txt) stand for, each once."""
+    found, ends = [], (".txt", ".md", ".jsonl", ".gz")  # of the files in a folder
+    for given in inputs:
+        path = os.path.expanduser(given)
+        names = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        if os.path.isdir(path):
+            names = [name for name in sorted(glob.glob(glob.escape(path) + "/*")) if name.endswith(ends)]
+        if not names:
+            raise DataError(f"--input={given}: no such file, or a folder without any of {', '.join(ends)}")
+        found += names
+    return list(dict.fromkeys(found))
+
+
+def read_files(paths):
+    """Yield (text, text) of the documents in UTF-8 files: each is one, but a .jsonl has one a line."""
+    for path in map(str, paths):
+        where, lines = path, path.removesuffix(".gz").endswith(".jsonl")
+        try:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+                text = file.read()
+            if b"\0" in text[:2] or text[:2] in (b"\xff\xfe", b"\xfe\xff"):  # the first can be UTF-8
+                raise UnicodeError("it begins as UTF-16 does")
+            text.decode()
+            documents = [text.removeprefix(b"\xef\xbb\xbf")]  # without a byte order mark
+            for number, line in enumerate(documents.pop().split(b"\n") if lines else [], 1):
+                where = f'{path}, line {number}, as an object with a "text"'
+                documents += [json.loads(line)["text"].encode(errors="replace")] if line.strip() else []
+        except UnicodeError as error:
+            name = "CP1252" if isinstance(error, UnicodeDecodeError) else "UTF-16"
+            raise DataError(f"{path} is no UTF-8 text ({error}). Unless it is damaged, it is likely {name}: "
+                            f"iconv -f {name} -t UTF-8 {shlex.quote(path)} > utf8.txt") from error
+        except (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zlib.error) as error:
+            raise DataError(f"cannot read {where} ({type(error).__name__}: {error})") from error
+        yield from zip(documents, documents, strict=True)
 
 
 @contextlib.contextmanager
@@ -302,8 +345,7 @@ def read_shakespeare():
         text = stream.read()
         if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
             raise ValueError("it did not come with its SHA-256")
-    for passage in passages(text):
-        yield passage, passage
+    yield from ((passage, passage) for passage in passages(text))
 
 
 def read_c4(max_tokens):
@@ -316,8 +358,7 @@ def read_c4(max_tokens):
             for line in lines:
                 text = json.loads(line)["text"].encode()
                 yield text, text
-                left -= len(text)
-                if left <= 0:
+                if (left := left - len(text)) <= 0:
                     return
 
 
@@ -335,29 +376,50 @@ def replacing(folder):
             new.mkdir()
             yield new
             if there:
+                metas = [(at / "meta.json").read_text("utf-8", "replace") for at in (folder, new)]
+                if len({re.sub('"(command|dataset)".*', "", meta) for meta in metas}) > 1:
+                    raise DataError(f"{folder} holds other data (see its meta.json). Keep both by "
+                                    f"--out={shlex.quote(str(folder))}-2, or remove it first")
                 folder.rename(Path(temporary, "old"))  # a kill just now loses it; its command makes it again
             new.rename(folder)
     except (EOFError, OSError) as error:
         raise DataError(f"cannot make {folder} ({error}): try again, or choose another --out") from error
 
 
+def next_step(folder, own, splits):
+    """The command to go on with, with the flags it takes where the defaults of train.py do not fit."""
+    U, *held_out = [part["tokens"] for part in splits.values()]
+    if U < 16 * 128 or min(held_out) < 128:  # of --preset=laptop
+        return f"Too short to train on ({U} tokens): it takes 2,048 in train and 128 each in val and tune."
+    whole = " --unique_tokens=0" if own or U < 65_536 else ""
+    small = " --preset=laptop" if U < 64 * 256 or min(held_out) < 256 else ""  # than --preset=gpu takes
+    return f"Next:\n  python train.py --data={shlex.quote(str(folder))} --objective=diffusion{whole}{small}"
+
+
+def what_instead(path):
+    """What to name instead of a path without a meta.json: the end of an error's message."""
+    if path.suffix == ".pt" or os.path.exists(path / "log.jsonl"):
+        return "it is of a run (--resume=RUN goes on with that); name the data that it was trained on"
+    if os.path.isfile(path) and not os.path.exists(path.with_name("meta.json")):
+        return f"if it is a text, run `python prepare.py --input={shlex.quote(str(path))}`"
+    known = ", ".join(sorted(meta.parent.as_posix() for meta in Path("data").glob("*/meta.json")))
+    return f"there are {known or 'none yet'}. `python prepare.py --input=FILE` makes one of your text"
+
+
 def main(argv=None):
     """The command line. Returns its exit code: 0, or 2 after an error that a person can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(usage="python prepare.py [--flag=VALUE ...]; --help lists the flags",
-                                     argument_default=argparse.SUPPRESS)  # prepare() has the defaults
+    parser = argparse.ArgumentParser(usage="prepare.py [--flag=VALUE]", argument_default=argparse.SUPPRESS)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--dataset", choices=("sotu", "shakespeare", "c4"),
-                        help="default: sotu, without a download; c4 is streamed and needs --max_tokens")
-    source.add_argument("--input", nargs="+", dest="inputs", metavar="FILE", help="your own UTF-8 text files")
-    parser.add_argument("--tokenizer", help="bpe (default), char, gpt2, or a prepared folder, e.g. "
-                        "data/sotu-bpe512, to use its tokenizer and go on from a run on it (train.py --init)")
+    source.add_argument("--dataset", choices=("sotu", "shakespeare", "c4"), help="default: sotu")
+    source.add_argument("--input", nargs="+", action="extend", dest="inputs", metavar="FILE",
+                        help="your own text: UTF-8 files (also .gz, .jsonl), folders of them, patterns")
+    parser.add_argument("--tokenizer", help="bpe (default), char, gpt2, or that of a prepared folder")
     parser.add_argument("--vocab_size", type=int, metavar="V", help="of bpe (default: 512)")
     parser.add_argument("--max_tokens", type=int, metavar="N", help="first tokens of train (default: all)")
     parser.add_argument("--out", metavar="FOLDER", help="where to (default: e.g. data/sotu-bpe512)")
-    args = parser.parse_args(argv)
     try:
-        prepare(**vars(args), command=shlex.join(["python", "prepare.py", *argv]))
+        prepare(**vars(parser.parse_args(argv)), command=shlex.join(["python", "prepare.py", *argv]))
     except (DataError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'interrupted; nothing was left behind'}", file=sys.stderr)
         return 2

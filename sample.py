@@ -11,8 +11,9 @@ one, in a random order, is exact; several at once is faster, but they are drawn 
 
 import argparse
 import contextlib
+import itertools
 import json
-import math
+import os
 import re
 import shlex
 import sys
@@ -24,21 +25,18 @@ import torch
 import torch.nn.functional as F
 
 from model import UserError, choose_device, load_checkpoint, model_from_checkpoint, write_atomic
-from prepare import DataError, Tokenizer
+from prepare import EOT, DataError, Tokenizer
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one id from each row of logits (..., V); temperature 0 takes the likeliest. Returns (...).
-
-    top_k: among the k likeliest; top_p: among the fewest with this probability together (arXiv 1904.09751).
-    """
+    """Draw one id from each row of logits (..., V); temperature 0 takes the likeliest. Returns (...)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double()  # float32 noise would make the rare tokens rarer still (arXiv 2409.02908)
-    if top_k and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:  # among the k likeliest
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     p = ((logits - logits.max(-1, keepdim=True).values) / temperature).exp()  # at most 1: no overflow
-    if top_p < 1:
+    if top_p < 1:  # among the fewest with this probability together (arXiv 1904.09751)
         descending, ids = p.sort(descending=True)
         likelier = descending.cumsum(-1) - descending  # (..., V): what the tokens before each have together
         p = p.scatter(-1, ids, descending.masked_fill(likelier >= top_p * p.sum(-1, keepdim=True), 0))
@@ -46,11 +44,11 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def sample_ar(model, ids, length, use_cache=True, **how):  # [AR]
-    """Continue ids (B, P) to (B, length); how: options of pick. Returns ids and when, as unmask does."""
+def sample_ar(model, ids, length, use_cache=True, eot=-1, **how):  # [AR]
+    """Continue ids (B, P) to (B, length), or until each row has eot; how: as pick. Returns ids and when."""
     V, T, P = model.config.vocab_size, model.config.block_size, ids.shape[1]
     begin, unread = 0, None
-    while ids.shape[1] < length:
+    while ids.shape[1] < length and (eot < 0 or not (ids[:, P:] == eot).any(1).all()):
         if ids.shape[1] - begin >= T:  # the block is full: its last T/2 tokens become the first of the next
             begin, unread = ids.shape[1] - T // 2, None
         if unread is None or not use_cache:
@@ -67,8 +65,7 @@ def unmask(model, x, steps=0, order="random", temperature=1.0, generator=None, *
     """Unmask x (B, L <= T) where it is V. Returns ids and when (B, L): the forward pass that wrote it, or 0.
 
     steps: forward passes; 0, or as many as a row has masks: one token of a row in each. order: next are
-      random       any. One by one this samples exactly; in fewer steps it is the reverse process from t = 1
-                   to 0: when n steps are left, each position is unmasked with probability 1/n
+      random       any. One by one: exact. Else the reverse process: each with probability 1/(steps left)
       confidence   in even shares, those whose drawn token is the most probable: it favours likely tokens
       left         in even shares, from left to right
     """
@@ -104,12 +101,12 @@ def lowest(score, masked, quota):  # [DIFFUSION]
     return score.masked_fill(~masked, torch.inf).argsort(dim=1, stable=True).argsort(1) < quota
 
 
-def sample_diffusion(model, ids, length=0, steps=0, order="random", **how):  # [DIFFUSION]
-    """Unmask ids (B, P), continued to (B, length), in windows of T tokens; all else as in unmask."""
+def sample_diffusion(model, ids, length=0, steps=0, order="random", eot=-1, **how):  # [DIFFUSION]
+    """Unmask ids (B, P), continued to (B, length), in windows of T tokens; all else as in the two above."""
     V, T = model.config.vocab_size, model.config.block_size
     ids = F.pad(ids, (0, max(0, length - ids.shape[1])), value=V)
     when = torch.zeros_like(ids)
-    while (ids == V).any():
+    while (ids == V).any() and not ((ids == eot) & (when > 0)).any(1).all():
         first_mask = int((ids == V).any(0).int().argmax())  # of all rows
         begin = max(0, min(first_mask - T // 2, ids.shape[1] - T))  # half a window goes before it
         window = slice(begin, begin + T)
@@ -118,15 +115,24 @@ def sample_diffusion(model, ids, length=0, steps=0, order="random", **how):  # [
     return ids, when
 
 
-def encode_gaps(tokenizer, text, gap):
-    """Token ids (L,) of a text with masks for its gaps: __ or more is `gap` tokens, __7__ seven."""
-    parts = re.split(r" ?_{2,}(?:(\d+)_{2,})?", text)  # text, length or None, text, ...
+def encode(tokenizer, text):
+    """Token ids of a text, a list, in which <|endoftext|> is the one token that ends a document."""
+    ids = []
+    for part in text.split(EOT):
+        ids += [*tokenizer.encode(part), tokenizer.eot]
+    return ids[:-1]
+
+
+def encode_gaps(tokenizer, text, gap, mark=""):
+    """Token ids (L,) of a text, masks at its gaps: each mark, or ____ as in --help, is `gap`, __7__ seven."""
+    gaps = re.escape(mark) + "()" if mark else r"_{2,}(\d+)_{2,}|_{4,}|(?<!\S)_{2,3}(?![^\s.,;:!?)])"
+    parts = re.split(f" ?(?:{gaps})", text)  # text, length or none, text, ...
     lengths = [int(length[:9] if length else gap) for length in parts[1::2]]
     if not 1 <= min(lengths, default=0) <= sum(lengths) <= 10**6:
-        raise UserError(f"--infill needs gaps like ____ or __7__, a million tokens at most; it has {lengths}")
-    ids = [*tokenizer.encode(parts[0])]
+        raise UserError(f"--infill needs gaps like {mark or '____'}, 1 to 10^6 tokens long; it has {lengths}")
+    ids = encode(tokenizer, parts[0])
     for length, part in zip(lengths, parts[2::2], strict=True):
-        ids += [tokenizer.vocab_size] * length + [*tokenizer.encode(part)]
+        ids += [tokenizer.vocab_size] * length + encode(tokenizer, part)
     return torch.tensor(ids)
 
 
@@ -149,27 +155,26 @@ def header(c):
 
 def show(record, config, name="val"):
     """The loss of a record in words; the sign says whether the number is exact or a bound."""
-    sign, error = "=", ""
-    if config["objective"] == "diffusion":
-        sign, error = "<=", f" ± {record[f'{name}_stderr']:.3f}"
-    return (f"val {sign} {record[f'{name}_loss']:.3f}{error} nats/token, "
-            f"{sign} {record[f'{name}_bpb']:.3f} bits/byte")
+    loss, bpb = record[f"{name}_loss"], record[f"{name}_bpb"]
+    if config["objective"] == "ar":
+        return f"val = {loss:.3f} nats/token, = {bpb:.3f} bits/byte"
+    return f"val <= {loss:.3f} ± {record[f'{name}_stderr']:.3f} nats/token, <= {bpb:.3f} bits/byte"
 
 
 def read_log(run):
     """The log of the run in a folder, up to the first line that is no record; [] where there is none."""
-    path, log = Path(run) / "log.jsonl", []
-    with contextlib.suppress(ValueError):
-        for line in path.read_bytes().splitlines() if path.is_file() else []:
-            log.append(json.loads(line))
-    return log if log and isinstance(log[0], dict) and "config" in log[0] else []
+    log = []
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        for line in (Path(run) / "log.jsonl").read_bytes().splitlines():
+            log.append(dict(json.loads(line)))
+    return log if log and "config" in log[0] else []
 
 
 def take_weights(model, run, tokenizer):
     """Begin with the best weights of another run. Raises UserError where tokenizer or shape do not fit."""
     if not run:
         return
-    saved = load_checkpoint(Path(run) / "best.pt")
+    saved = load_checkpoint(find_checkpoint(run, None))
     if saved["tokenizer"] != tokenizer.spec:
         raise UserError(f"--init={run}: it has another tokenizer; prepare your text with its own, by "
                         f"python prepare.py --tokenizer={saved['config']['data']} --input FILE")
@@ -191,83 +196,88 @@ def best_of(log):
 
 
 def crossing(ar, diffusion):
-    """The x at which diffusion's curve first goes under AR's, or None; curves: (n, 2), x ascending and loss.
-
-    Linear interpolation in log x, where both have an x.
-    """
-    ar, diffusion = np.asarray(ar), np.asarray(diffusion)
-    x = np.union1d(ar[:, 0], diffusion[:, 0])
-    x = np.log(x[(x >= max(ar[0, 0], diffusion[0, 0])) & (x <= min(ar[-1, 0], diffusion[-1, 0]))])
-    gap = np.interp(x, np.log(diffusion[:, 0]), diffusion[:, 1]) - np.interp(x, np.log(ar[:, 0]), ar[:, 1])
+    """The x at which diffusion's curve first goes under AR's, or None; curves: (n, 2), ascending x, loss."""
+    (a, ar_loss), (d, diffusion_loss) = np.array(ar).T, np.array(diffusion).T
+    x = np.union1d(a, d)
+    x = np.log(x[(x >= max(a[0], d[0])) & (x <= min(a[-1], d[-1]))])  # where both have an x
+    gap = np.interp(x, np.log(d), diffusion_loss) - np.interp(x, np.log(a), ar_loss)  # linear in log x
     under = np.flatnonzero((gap[:-1] > 0) & (gap[1:] <= 0))
-    if not len(under):
-        return None
-    i = under[0]
-    return math.exp(x[i] + (x[i + 1] - x[i]) * gap[i] / (gap[i] - gap[i + 1]))
+    if len(under):
+        i = under[0]
+        return np.exp(x[i] + (x[i + 1] - x[i]) * gap[i] / (gap[i] - gap[i + 1]))
 
 
 def crossings(ar, diffusion):
-    """Where diffusion overtakes AR, in FLOPs or None: (at equal compute, AR's best: its lowest loss ever)."""
+    """Where diffusion overtakes AR, in FLOPs or None: (at equal compute, AR's best: its lowest loss ever).
+
+    The second counts if diffusion's final bound is under it by more than twice its error.
+    """
     curves, lowest = (curve(ar, x="flops"), curve(diffusion, x="flops")), best_of(ar)["val_loss"]
-    return crossing(*curves), crossing([(1, lowest), (curves[1][-1, 0], lowest)], curves[1])
+    of_best = crossing([(1, lowest), (curves[1][-1, 0], lowest)], curves[1])
+    under = diffusion[-1]["best_loss"] + 2 * diffusion[-1]["best_stderr"] < ar[-1]["best_loss"]
+    return crossing(*curves), of_best if under else None
 
 
 def verdict(ar, diffusion):
     """Both crossings in two lines."""
     def at(flops):
-        return f"at {flops:.2g} FLOPs, epoch {flops * diffusion[-1]['epoch'] / diffusion[-1]['flops']:.3g}"
+        return f" at {flops:.2g} FLOPs, epoch {flops * end['epoch'] / end['flops']:.3g}" if flops else ""
 
-    equal, of_best = crossings(ar, diffusion)
-    first = f"does not overtake AR (up to {min(ar[-1]['flops'], diffusion[-1]['flops']):.2g} FLOPs)"
-    if equal:
-        first = f"overtakes AR {at(equal)}"
-    a, d = ar[-1]["best_loss"], diffusion[-1]["best_loss"]
-    second = f"is not overtaken: diffusion <= {d:.3f} is {d - a:.3f} above it (a bound, so open)"
-    if d < a:
-        second = f"is overtaken {at(of_best) if of_best else ''}: diffusion <= {d:.3f}, {a - d:.3f} under it"
-    return f"At equal compute diffusion {first}\nAR's best, {a:.3f}, {second}"
+    end, (equal, of_best) = diffusion[-1], crossings(ar, diffusion)
+    low, high = max(ar[1]["flops"], diffusion[1]["flops"]), min(ar[-1]["flops"], end["flops"])
+    a, d = (np.interp(low, *curve(log, x="flops").T) for log in (ar, diffusion))  # where both begin
+    first = f"At equal compute diffusion does not overtake AR (up to {high:.2g} FLOPs)"
+    if low > high:
+        first = "Diffusion and AR have no compute in common"
+    elif equal:
+        first = f"At equal compute diffusion overtakes AR{at(equal)}"
+    elif d <= a:
+        first = "At equal compute diffusion is ahead of AR from the first evaluation on"
+    best, error = ar[-1]["best_loss"], end["best_stderr"]
+    gap, bound = end["best_loss"] - best, f"diffusion <= {end['best_loss']:.3f} ± {error:.3f}"
+    second = f"is not overtaken: {bound} is {gap:.3f} above it (a bound, so open)"
+    if gap < -2 * error:
+        second = f"is overtaken{at(of_best)}: {bound} is {-gap:.3f} under it"
+    elif gap <= 2 * error:
+        second = f"is reached, not overtaken: {bound} is within its error"
+    return f"{first}\nAR's best, {best:.3f}, {second}"
 
 
 def draw_losses(ax, *logs):
-    """Draw logs against epochs on matplotlib's ax: validation losses, and dotted the training losses.
+    """Draw logs against epochs on matplotlib's ax: validation losses (dashed: regularised), training dotted.
 
-    AR is blue, diffusion vermilion, regularised runs are dashed. Runs that look alike (seeds) have one label.
-    Of the first AR and the first diffusion run both crossings are marked: at equal compute (circle), and of
-    AR's best (diamond).
+    Seeds share a label. The crossings of the first pair: at equal compute (circle), of AR's best (diamond).
     """
-    first, labels, rates = {}, {}, set()
+    first, labels = {}, {}
     for log in logs:
         c, end, color = log[0]["config"], log[-1], COLOURS[log[0]["config"]["objective"]]
         regularised = c["dropout"] > 0 or c.get("replace", 0) > 0 or c["weight_decay"] > 0.1
         ax.plot(*curve(log, "train_loss").T, ":", color=color, lw=1)
         ax.plot(*curve(log).T, "--" if regularised else "-", color=color, lw=1.8)
-        label = "AR (exact)" if c["objective"] == "ar" else "diffusion (bound)"
-        label = label.replace(" (", ", regularised (") if regularised else label
-        labels.setdefault(label, (end["val_loss"], end["epoch"], color))
+        label = "AR{} (exact)" if c["objective"] == "ar" else "diffusion{} (bound)"
+        labels.setdefault(label.format(", regularised" * regularised), (end["val_loss"], end["epoch"], color))
         first.setdefault(c["objective"], log)
-        rates.add(round(end["flops"] / end["epoch"]))
     high = max(log[-1]["epoch"] for log in logs)
     ax.set(xscale="log", xlabel="epochs", ylabel="nats per token (dotted: training)")
     ax.set_xlim(right=high * max(2, high) ** 0.42)  # room for the labels
-    free, apart = -math.inf, 0.06 * np.ptp(ax.get_ylim())
+    free, apart = -np.inf, 0.06 * np.ptp(ax.get_ylim())
     for label, (y, x, color) in sorted(labels.items(), key=lambda item: item[1]):  # upwards, without overlaps
         free = max(y, free + apart)
         ax.annotate(label, (x, free), (6, 0), textcoords="offset points", color=color, va="center",
                     bbox={"color": "white", "alpha": 0.8, "pad": 1})
-    if len(rates) == 1:  # else an epoch does not cost all of them the same
-        rate = rates.pop()
+    rate, *others = {round(log[-1]["flops"] / log[-1]["epoch"]) for log in logs}
+    if not others:  # else an epoch does not cost all of them the same
         ax.secondary_xaxis("top", functions=(lambda e: e * rate, lambda f: f / rate)).set_xlabel("FLOPs")
     best = best_of(first.get("ar", logs[0]))
-    ax.axhline(best["val_loss"], color=COLOURS[c["objective"] if len(first) == 1 else "ar"], lw=0.8, zorder=0)
+    ax.axhline(best["val_loss"], color=COLOURS[min(first)], lw=0.8, zorder=0)
     if len(first) == 1:
         ax.set_title(f"Lowest validation loss {best['val_loss']:.3f}, epoch {best['epoch']:.3g}", loc="left")
         return
     ar, diffusion = first["ar"], first["diffusion"]
-    for flops, mark in zip(crossings(ar, diffusion), ("o", "D"), strict=True):
-        if flops:
-            x = flops * diffusion[-1]["epoch"] / diffusion[-1]["flops"]
-            y = np.interp(math.log(x), np.log(curve(diffusion)[:, 0]), curve(diffusion)[:, 1])
-            ax.plot(x, y, mark, color="black", mfc="white", ms=9)
+    for flops, mark in filter(all, zip(crossings(ar, diffusion), ("o", "D"), strict=True)):  # those there are
+        x = flops * diffusion[-1]["epoch"] / diffusion[-1]["flops"]
+        y = np.interp(np.log(x), np.log(curve(diffusion)[:, 0]), curve(diffusion)[:, 1])
+        ax.plot(x, y, mark, color="black", mfc="white", ms=9)
     ax.set_title(verdict(ar, diffusion), loc="left", fontsize=10)
 
 
@@ -284,6 +294,8 @@ def obstacle(a, b):
     if not all(log and "best_loss" in log[-1] for log in (a, b)):
         return "one of them holds no run that has ended"
     a, b = a[0]["config"], b[0]["config"]
+    if a.get("init") or b.get("init"):
+        return "one began with the weights of another run, whose compute it does not count"
     if a["objective"] == b["objective"]:
         return f"both are {a['objective']} runs, it takes one of each objective"
     for key in ("data_sha256", "unique_tokens", "block_size", "split", "eval_tokens"):
@@ -305,22 +317,25 @@ def conclude(log):
     """Draw the curve of a run that has ended, with that of the newest comparable run; return what to say."""
     c, out, name = log[0]["config"], Path(log[0]["config"]["out"]), shlex.quote(log[0]["config"]["out"])
     if "best_loss" not in log[-1]:
-        return f"\nsaved; go on with: python train.py --resume={name}"
+        script = "train.py"
+        if c["batch"] != "get_batch":  # another script's, such as python notebooks/why.py orders 4
+            words = shlex.split(c["command"])[1:]
+            script = shlex.join(itertools.takewhile(lambda word: not word.startswith("--"), words))
+        return f"\nsaved; go on with: python {script} --resume={name}"
     plot_losses(out / "loss.png", log)
     lines = [f"best   epoch {best_of(log)['epoch']:.4g}: {show(log[-1], c, 'best')}",
              f"final  epoch {log[-1]['epoch']:.4g}: {show(log[-1], c, 'final')}",
              f"curve in {out}/loss.png; text from it: python sample.py --run={name}"]
     newest = sorted(out.parent.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
     other = next((path.parent for path in newest if not obstacle(read_log(path.parent), log)), None)
-    if other:
-        lines += [f"beside {other}:", compare(other, out)]
-    return "\n".join(lines)
+    beside = [f"beside {other}:", compare(other, out)] if other else []
+    return "\n".join(lines + beside)
 
 
 # ----- machinery: the command line
 
 NUMBERS = {  # flag: (type, default, least, greatest, help)
-    "gap": (int, 8, 1, 10**6, "tokens of a gap ____ and its space; __7__ is a gap of seven [8]"),
+    "gap": (int, 8, 1, 10**6, "tokens of a gap and the space before it [8]"),
     "num_samples": (int, 3, 1, 10**5, "how many texts [3]"),
     "length": (int, 0, 0, 10**6, "tokens of a text, the prompt included [twice the block]"),
     "temperature": (float, 1.0, 0, 1e9, "1: as learned, lower: safer, 0: the likeliest, and nothing random"),
@@ -334,13 +349,16 @@ def parse(argv):
     """The flags of the command line. What is wrong with one is told in two lines, and the script ends."""
     parser = argparse.ArgumentParser(usage="python sample.py [FLAGS]", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group()
-    parser.add_argument("--run", type=Path, help="run directory [the newest under out/]")
-    what.add_argument("--prompt", default="", help="text to continue")
-    what.add_argument("--infill", metavar="TEXT", help="diffusion: fill the gaps of this text, or of @FILE")
+    parser.add_argument("--run", help="run directory, or a checkpoint in it [the newest under out/]")
+    what.add_argument("--prompt", default="", metavar="TEXT", help="text to continue, or @FILE")
+    what.add_argument("--infill", metavar="TEXT", help="diffusion: fill the gaps of this text or @FILE; a "
+                      "gap is 4 underscores or more, 2 or 3 only as a word of their own, or __7__ (7 tokens)")
+    parser.add_argument("--gap_mark", metavar="MARK", default="", help="what a gap is instead, such as [...]")
+    parser.add_argument("--stop_at_eot", action="store_true", help=f"end a text with the first {EOT} written")
     for name, (kind, default, _, _, text) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=text)
     parser.add_argument("--order", choices=("random", "confidence", "left"), help="of unmasking [random]")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="[best]")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="[best]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--json", action="store_true", help="print samples, settings and speed, one line")
     args = parser.parse_args(argv)
@@ -351,71 +369,83 @@ def parse(argv):
 
 
 def new_run_dir(objective):
-    """out/ar, out/ar-2, ...: the first that is not taken."""
-    number = 1
-    while Path(name := f"out/{objective}-{number}".removesuffix("-1")).exists():
-        number += 1
-    return name
+    """Make out/ar, or out/ar-2, ...: the first that is not taken, also by a run that starts just now."""
+    for number in range(1, 10**6):
+        path = Path("out", f"{objective}-{number}".removesuffix("-1"))
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 
-def newest_run():
-    """The directory under out/ that was written to last."""
-    runs = sorted(Path("out").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise UserError("there is no run under out/: train one with python train.py, or name it with --run")
-    return runs[-1].parent
+def find_checkpoint(run, name):
+    """The path of the checkpoint best or last of a run: of a folder, of that file, or of the newest run."""
+    newest = max(Path("out").glob("*/last.pt"), key=os.path.getmtime, default=Path("out/*/last.pt"))
+    path = Path(os.path.expanduser(run or newest.parent))
+    if path.suffix != ".pt" or path.is_dir():
+        path /= f"{name or 'best'}.pt"
+    if name not in (None, path.stem):
+        raise UserError(f"--run={run} is one checkpoint and --checkpoint={name} another: leave one out")
+    if path.exists():
+        return path
+    if path.with_name("last.pt").exists():
+        raise UserError(f"{path.parent} has not been evaluated yet: train on, or take --checkpoint=last")
+    there = {str(file.parent) for place in (path.parent.parent, Path("out")) for file in place.glob("*/*.pt")}
+    found = ", ".join(sorted(there)[:9]) or "no run under out/, train one with python train.py"
+    raise UserError(f"{path}: no such checkpoint; found {found}")
 
 
-def generate(args, folder, alone=True):
-    """Let the run in a folder write: what --json tells, and its tokenizer, ids and when.
-
-    alone: refuse the flags that its objective has no use for. Raises UserError, DataError or OSError.
-    """
-    path, device = Path(folder) / f"{args.checkpoint}.pt", choose_device(args.device)[0]
-    if not path.exists() and path.with_name("last.pt").exists():
-        raise UserError(f"{folder} has not been evaluated yet: train on, or take --checkpoint=last")
+def generate(args, run, alone=True):
+    """Let a run write: what --json tells, tokenizer, ids and when; alone: refuse flags it has no use for."""
+    path, device = find_checkpoint(run, args.checkpoint), choose_device(args.device)[0]
     saved = load_checkpoint(path)
     model, tokenizer = model_from_checkpoint(saved).to(device), Tokenizer(saved["tokenizer"])
     # In float32 on any device: bf16 rounds a cached past differently, so the text would depend on the cache.
     ar = model.config.objective == "ar"
     if ar and (args.infill is not None or alone and (args.steps or args.order)):
         raise UserError("--infill, --steps and --order are for diffusion: AR writes from left to right")
-    ids, length = tokenizer.encode(args.prompt), args.length or 2 * model.config.block_size
+    text = args.infill or args.prompt
+    text = Path(os.path.expanduser(text[1:])).read_text("utf-8-sig") if text.startswith("@") else text
     if args.infill is not None:
-        text = Path(args.infill[1:]).read_text("utf-8") if args.infill.startswith("@") else args.infill
-        ids, length = encode_gaps(tokenizer, text, args.gap), args.length
-    elif len(ids) >= length:
-        raise UserError(f"--length={length} leaves nothing to write after a prompt of {len(ids)} tokens")
-    ids = torch.as_tensor(ids, device=device).repeat(args.num_samples, 1)  # (B, P)
+        ids, length = encode_gaps(tokenizer, text, args.gap, args.gap_mark), args.length
+    else:
+        ids, length = encode(tokenizer, text), args.length or 2 * model.config.block_size
+        if len(ids) >= length:
+            raise UserError(f"--length={length} leaves nothing to write after a prompt of {len(ids)} tokens")
+    ids = torch.as_tensor(ids, dtype=torch.long, device=device).repeat(args.num_samples, 1)  # (B, P)
     how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
            "generator": torch.Generator(device).manual_seed(args.seed)}
-    order = "left" if ar else args.order or "random"
+    order, eot = "left" if ar else args.order or "random", tokenizer.eot if args.stop_at_eot else -1
     began = time.perf_counter()
     if ar:
-        ids, when = sample_ar(model, ids, length, **how)  # [AR]
+        ids, when = sample_ar(model, ids, length, eot=eot, **how)  # [AR]
     else:
-        ids, when = sample_diffusion(model, ids, length, args.steps, order, **how)  # [DIFFUSION]
+        ids, when = sample_diffusion(model, ids, length, args.steps, order, eot=eot, **how)  # [DIFFUSION]
     ids, when = ids.cpu(), when.cpu()  # this waits for a GPU
     seconds = time.perf_counter() - began
-    record = {key: getattr(args, key) for key in ("checkpoint", "prompt", "infill", "device", *NUMBERS)} | {
-        "run": str(folder), "order": order, "objective": model.config.objective, "length": ids.shape[1],
+    record = vars(args) | {"run": str(path.parent), "checkpoint": path.stem, "order": order,
+        "objective": model.config.objective, "length": max(length, ids.shape[1]),
         "parameters": model.num_params(), "step": saved["state"]["step"], "seconds": seconds,
-        "network_evaluations": int(when.max()), "tokens_per_second": int((when > 0).sum()) / seconds,
-        "samples": [tokenizer.decode(row) for row in ids.tolist()]}
+        "network_evaluations": int(when.max()), "tokens_per_second": int((when > 0).sum()) / seconds}
+    stop = (ids == eot) & (when > 0)  # (B, L), where a text may end: it keeps what is up to the first
+    ids, when = ([row[i] for row, i in zip(x, stop.cumsum(1) == stop, strict=True)] for x in (ids, when))
+    record["samples"] = [tokenizer.decode(row.tolist()) for row in ids]
     return record, tokenizer, ids, when
 
 
 def main(argv=None):
     try:
         args = parse(argv)
-        record, *_ = generate(args, args.run or newest_run())
-        if args.json:
-            print(json.dumps(record))
-            return 0
-        print(f"{record['run']}/{record['checkpoint']}.pt: {record['objective']}, "
-              f"{record['parameters'] / 1e6:.2f}M parameters, step {record['step']:,}")
-        for number, text in enumerate(record["samples"], 1):
-            print(f"----- {number}\n{text}")
+        record, *_ = generate(args, args.run)
+        texts = [f"----- {number}\n{text}" for number, text in enumerate(record["samples"], 1)]
+        text = "\n".join((f"{record['run']}/{record['checkpoint']}.pt: {record['objective']}, "
+                          f"{record['parameters'] / 1e6:.2f}M parameters, step {record['step']:,}", *texts))
+        if sys.stdout.isatty():  # which no text may steer: ESC is printed as the four characters \x1b
+            text = re.sub(r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]",
+                          lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n").expandtabs())
+        print(json.dumps(record) if args.json else text, flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough: nothing is left to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (UserError, DataError, OSError, UnicodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -425,4 +455,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # where it can not encode a character
     sys.exit(main())

@@ -4,12 +4,14 @@
     python train.py --objective=ar --epochs=100
 
 Everything random is a function of the seed and of where the run is: the order of an epoch of (seed, epoch),
-masks and dropout of (seed, step). So there is no random state to save: a resumed run is the run that was
-never interrupted, and both objectives start from the same weights and meet the same batches in the same
-order.
+masks of (seed, step), dropout of (seed, step, process). So there is no random state to save: a resumed run is
+the run that was never interrupted, and both objectives start from the same weights and meet the same batches
+in the same order.
 """
 
 import argparse
+import contextlib
+import copy
 import functools
 import json
 import math
@@ -18,6 +20,7 @@ import platform
 import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -105,9 +108,8 @@ def get_batch(config, tokens, step, rows=slice(None)):
     tokens: (U,) ids on the device. rows: the part of the batch that this process takes, an even number.
     """
     seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
-    device = tokens.device
-    start = torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]).to(device)  # (B,)
-    x = tokens[(start[:, None] + torch.arange(T, device=device)) % U]  # (B, T)
+    start = send(torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]), tokens.device)  # (B,)
+    x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
     inputs, weight = {"x": x}, torch.ones(B)  # [AR] the tokens are all it takes
     if config["replace"]:
         inputs["noisy"] = replace_tokens(config, x, step, rows)
@@ -117,8 +119,8 @@ def get_batch(config, tokens, step, rows=slice(None)):
         if weight.shape != (B,):
             raise ValueError(f"draw_mask gave a weight of shape {tuple(weight.shape)}, it takes ({B},)")
         keep = mask[rows].flatten().nonzero().squeeze(1)  # (M,), on the CPU: a GPU would have to wait
-        inputs |= {"mask": mask[rows].to(device), "keep": keep.to(device)}
-    return inputs, weight[rows].to(device)
+        inputs |= {"mask": send(mask[rows], x.device), "keep": send(keep, x.device)}
+    return inputs, send(weight[rows].float(), x.device)
 
 
 def replace_tokens(config, x, step, rows):
@@ -126,8 +128,13 @@ def replace_tokens(config, x, step, rows):
     rng = np.random.default_rng(derive(config["seed"], "noise", step))
     shape = config["batch_size"], config["block_size"]
     u, other = rng.random(shape), rng.integers(config["vocab_size"], size=shape)
-    chosen = torch.from_numpy(u[rows] > 1 - config["replace"]).to(x.device)  # (B, T)
-    return torch.where(chosen, torch.from_numpy(other[rows]).to(x.device), x)
+    chosen = send(torch.from_numpy(u[rows] > 1 - config["replace"]), x.device)  # (B, T)
+    return torch.where(chosen, send(torch.from_numpy(other[rows]), x.device), x)
+
+
+def send(x, device):
+    """A tensor from the CPU to the device. A GPU takes it when it gets there, and nobody waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def learning_rate(step, steps, peak):
@@ -155,14 +162,14 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     experiments. Under torchrun every process computes its rows of each batch; rank 0 evaluates and writes.
     Raises UserError for what the caller can mend, prepare.DataError for the corpus.
     """
-    rank, world = join_processes(config["device"])
+    rank, world = join_processes(config["device"], config["batch_size"])
     device, dtype, device_line = choose_device(config["device"], config["dtype"])
     data, tokens, blocks = open_data(config)  # training tokens (U,), held-out blocks (N, T)
     torch.manual_seed(derive(config["seed"], "weights"))
     model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
     if saved is None:
-        config = describe(config, data, tokens, blocks, model, dtype, get_batch)
         sample.take_weights(model, config["init"], data.tokenizer)
+        config = describe(config, data, tokens, blocks, model, dtype, get_batch)
     model, tokens = model.to(device), tokens.to(device)
     optimizers = make_optimizers(model, config["optimizer"], config["lr"], config["weight_decay"])
     rows = slice(rank * config["batch_size"] // world, (rank + 1) * config["batch_size"] // world)
@@ -211,9 +218,8 @@ def make_config(preset=None, **given):
             raise UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
         if kind in (int, float) and not allowed <= value < 2**62:
             raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
-    if config["batch_size"] % (2 * processes()[1]):
-        raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so {processes()[1]} "
-                        f"processes need a multiple of {2 * processes()[1]}")
+    if config["batch_size"] % 2:
+        raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
     if config["replace"] > 1:
         raise UserError(f"--replace={config['replace']}: it is a share of the tokens, at most 1")
     return {"preset": preset} | config
@@ -224,13 +230,15 @@ def describe(config, data, tokens, blocks, model, dtype="auto", get_batch=get_ba
     p = torch.bincount(blocks.flatten()).double() / blocks.numel()
     U, B, T, N = len(tokens), config["batch_size"], config["block_size"], model.num_params()
     steps = max(1, round(config["epochs"] * (U // T) / B))
+    out = config["out"]
+    if not out and not processes()[0]:
+        out = str(sample.new_run_dir(config["objective"]))
     return config | {
-        "out": config["out"] or sample.new_run_dir(config["objective"]), "processes": processes()[1],
+        "out": out, "processes": processes()[1], "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."), "batch": get_batch.__name__,
-        "data_sha256": prepare.fingerprint(data),
-        "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size, "parameters": N, "steps": steps,
-        "flops": 6 * N * steps * B * T, "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,  # the paper's fit
-       
+        "data_sha256": prepare.fingerprint(data), "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size,
+        "parameters": N, "steps": steps, "flops": 6 * N * steps * B * T,
+        "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,  # C_crit(U), fitted in arXiv 2507.15857
         "eval_tokens": blocks.numel(),
         "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum()),
         "unigram_entropy": torch.special.entr(p).sum().item(), "command": shlex.join(["python", *sys.argv]),
@@ -261,13 +269,16 @@ def reopen(run, given, get_batch=get_batch):
     if config["batch"] != get_batch.__name__:
         raise UserError(f"{run} was begun with the batches {config['batch']}: resume it with the same script")
     different = [f"--{name}={value} (the run has {config[name]})" for name, value in given.items()
-                 if name not in ("device", "compile") and value != config[name]]
+                 if name not in ("data", "device", "compile") and value != config[name]]
     if different:
         raise UserError(f"{run} can not go on with other settings: {', '.join(different)}; leave them out, "
                         f"or begin a new run with its weights by --init={run}")
     if "records" not in saved:  # an older version kept them in the log alone
-        log = sample.read_log(Path(run))[1:]
+        log = [record for record in sample.read_log(run) if "step" in record]
         saved["records"] = [record for record in log if record["step"] <= saved["state"]["step"]]
+        best = saved["state"].get("best")
+        if best and best["step"] not in [record["step"] for record in saved["records"]]:
+            raise UserError(f"{run}/log.jsonl lacks the evaluation of step {best['step']}: put it back")
     return config | given | {"out": str(run)}, saved
 
 
@@ -280,9 +291,12 @@ def as_of_now(config):
 
 
 def say(*lines):
-    """Print beside the progress bar, and at once where the output is a file."""
-    tqdm.write("\n".join(lines))
-    sys.stdout.flush()
+    """Print beside the progress bar, at once also into a file; nobody needs to be there to read it."""
+    try:
+        tqdm.write("\n".join(lines))
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):  # a stdout that is closed, as after | head
+        sys.stdout = open(os.devnull, "w")
 
 
 class Run:
@@ -298,13 +312,14 @@ class Run:
         self.state = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
         self.log, self.device_line = [{"config": config}], device_line
         if saved:
+            saved = copy.deepcopy(saved)  # the caller's may serve again
             self.state, self.log = saved["state"], self.log + saved["records"]
             model.load_state_dict(saved["model"])
             for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
-        self.step, self.device = self.state["step"], model.embed.weight.device
+        self.step, self.device, self.losses = self.state["step"], model.embed.weight.device, []
+        self.norm = torch.tensor(0.0)  # of the last gradient
         self.rank, self.world = processes()
-        self.loss_sum = torch.tensor(self.state["loss_sum"], dtype=torch.float64, device=self.device)
         self.per_step = config["batch_size"] * config["block_size"]  # tokens
         self.lock = filelock.FileLock(self.out / ".lock")
 
@@ -312,14 +327,23 @@ class Run:
         out, self.started = self.out, time.perf_counter() - self.state["seconds"]
         if not self.rank:
             out.mkdir(parents=True, exist_ok=True)
+            if not self.saved and ((out / "log.jsonl").exists() or (out / "last.pt").exists()):
+                raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
             try:
                 self.lock.acquire(timeout=0)  # it goes when the process does, however that ends
             except filelock.Timeout:
                 raise UserError(f"{out} is in use by another run: wait, or choose another --out") from None
-            if not self.saved and ((out / "log.jsonl").exists() or (out / "last.pt").exists()):
-                raise UserError(f"{out} holds a run: go on with --resume={out}, or choose another --out")
+            except OSError as error:  # a file system that has no locks
+                say(f"{out} can not be locked ({error}): start no second run there")
             say(self.device_line, sample.header(self.config))
-        self.save()
+            for name, now in (("threads", torch.get_num_threads()), ("processes", self.world)):
+                if self.config.get(name, now) != now:
+                    say(f"begun with {self.config[name]} {name}, now {now}: the last digits may differ")
+        try:
+            self.save()
+        except BaseException:
+            self.lock.release()
+            raise
         total = self.config["steps"] * self.per_step
         self.bar = tqdm(total=total, initial=self.step * self.per_step, unit="tok", unit_scale=True,
                         dynamic_ncols=True, disable=True if self.rank else None)
@@ -329,21 +353,31 @@ class Run:
         self.bar.close()
         self.lock.release()
         if not self.rank and not error:
-            say(sample.conclude(self.log))
+            told = sample.conclude(self.log)
+            say(told)
+            if "final_loss" not in self.log[-1] and not sys.stdout.isatty():  # how to go on, where it is seen
+                print(told, file=sys.stderr)
 
     def count(self, loss, norm):
         """Count a step, its mean loss and the norm of its gradient."""
         if self.world > 1:
             dist.all_reduce(loss)
             loss /= self.world
-        self.loss_sum += loss  # on the device, as a GPU would have to wait for the number
+        self.losses.append(loss)
+        self.norm = norm
         self.step += 1
-        self.state["loss_steps"] += 1
         self.bar.update(self.per_step)
-        self.looking = self.device.type == "cpu" or self.step % 50 == 0
+        self.looking = self.device.type == "cpu" or self.step % 50 == 0  # a GPU has to wait for a number
         if self.looking:
             self.demand_finite(loss=loss.item(), gradient_norm=norm.item())
             self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+    def gather(self):
+        """Add the losses since the last time to the state, on the CPU in float64."""
+        for loss in torch.stack(self.losses).tolist() if self.losses else []:
+            self.state["loss_sum"] += loss
+        self.state["loss_steps"] += len(self.losses)
+        self.losses.clear()
 
     def demand_finite(self, **values):
         """Raise UserError unless all values are finite: a diverged run must not replace what was good."""
@@ -354,10 +388,10 @@ class Run:
 
     def evaluate(self):
         """Score the held-out blocks, keep the best network and add a record to the log."""
+        self.gather()
         c, seen = self.config, self.step * self.per_step
-        train_loss = self.loss_sum.item() / self.state["loss_steps"]
-        self.loss_sum.zero_()
-        self.state["loss_steps"] = 0
+        train_loss = self.state["loss_sum"] / self.state["loss_steps"]
+        self.state |= {"loss_sum": 0.0, "loss_steps": 0}
         if self.rank:
             return
         epoch = seen / (c["unique_tokens"] // c["block_size"] * c["block_size"])
@@ -380,10 +414,11 @@ class Run:
         """Whether to end, the same for all processes: they have to leave the loop after the same step."""
         if self.world == 1:
             return bool(ending)
+        if not self.looking:  # a GPU would have to wait
+            return False
         ending = torch.tensor(int(bool(ending)), device=self.device)
-        if self.looking:
-            dist.all_reduce(ending, dist.ReduceOp.MAX)
-        return self.looking and bool(ending)
+        dist.all_reduce(ending, dist.ReduceOp.MAX)
+        return bool(ending)
 
     def unsaved_for_long(self):
         return self.world == 1 and time.perf_counter() - self.saved_at > SAVE_SECONDS
@@ -392,9 +427,9 @@ class Run:
         """Write a checkpoint, and the log with it (rank 0)."""
         if self.rank:
             return
-        self.demand_finite(loss_sum=self.loss_sum.item())
-        self.state |= {"step": self.step, "loss_sum": self.loss_sum.item(),
-                       "seconds": time.perf_counter() - self.started}
+        self.gather()
+        self.demand_finite(loss_sum=self.state["loss_sum"], gradient_norm=self.norm.item())
+        self.state |= {"step": self.step, "seconds": time.perf_counter() - self.started}
         content = {"config": self.config, "tokenizer": self.tokenizer.spec, "state": self.state,
                    "records": self.log[1:], "model": self.scored.state_dict()}
         if name == "last.pt":  # from which the run can go on
@@ -443,17 +478,37 @@ def parse(argv):
         if kind is bool:
             value = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{name}", help=f"{text} [{default}]".replace("%", "%%"), **value)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    for name in {"data", "init", "out", "resume"} & set(given):
+        given[name] = os.path.expanduser(given[name])  # in --flag=~/x a shell leaves it
+    return given
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """The signals that ask a run to end: the first lets a step end and saves, a second ends at once."""
+    noted, before = [], {}
+
+    def note(number, _):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():  # Python allows no other to do this
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv=None, get_batch=get_batch):
     """The command line. Returns its exit code: 0; 2 after an error that a person can mend; 128 + a signal."""
-    signals = []
-
-    def note(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the first lets the step end and saves, a second ends at once
-
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that has no ± gets a question mark
     try:
         given = parse(argv)
         if "compare" in given:
@@ -461,10 +516,9 @@ def main(argv=None, get_batch=get_batch):
             return 0
         run = given.pop("resume", None)
         config, saved = (make_config(**given), None) if run is None else reopen(run, given, get_batch)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
-        train(config, saved, lambda: signals, get_batch)
-        return 128 + signals[0] if signals else 0
+        with noted_signals() as signals:
+            log = train(config, saved, lambda: signals, get_batch)
+        return 128 + signals[0] if signals and "final_loss" not in log[-1] else 0
     except (UserError, prepare.DataError) as error:
         told = error
     except OSError as error:

@@ -128,7 +128,7 @@ def questions(data, split, T, count=512, seed=0):
     begins = begins[passage[begins - (T - answer)] == passage[begins + answer - 1]]
     document = np.searchsorted(data.meta["splits"][split]["document_starts"], begins, side="right")
     begins = [begins[document == d] for d in np.unique(document)]  # of each document that has any
-    if len(begins) < 4:
+    if len(begins) < 4 or not answer:
         raise UserError(f"the held-out split {split!r} has too few documents for questions of {T} tokens: "
                         "it takes 4")
     rng, asked = np.random.default_rng(seed), []

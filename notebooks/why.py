@@ -65,11 +65,12 @@ class PermutedGPT(GPT):
         super().__init__(replace(config, block_size=config.block_size + 1))  # positions 0..T: see orders
         self.config, self.position = config, None
 
-    def forward(self, x, noisy=None, position=None):
+    def forward(self, x, mask=None, noisy=None, position=None):
         self.position = position
-        loss = super().forward(x, noisy=noisy)
-        self.position = None
-        return loss
+        try:
+            return super().forward(x, mask, noisy=noisy)
+        finally:
+            self.position = None
 
     def rotation(self, start, T):
         if self.position is None:

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import prepare
 import train
 from conftest import any_order_losses, tiny
-from model import GPT, GPTConfig, evaluate, load_checkpoint, mask_k, model_from_checkpoint
+from model import GPT, GPTConfig, evaluate, load_checkpoint, make_model, mask_k, model_from_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,25 @@ def test_a_schedule_with_its_right_weight_descends_the_same_bound(schedule):
         loss = weight * model(x.expand(len(mask), 4), mask=mask).double()  # (B,)
     error = loss.std().item() / math.sqrt(len(loss))
     assert abs(loss.mean().item() - bound) < 4 * error + 0.002 * (schedule is papers_masks)  # whose t is over 1e-3
+
+
+def test_the_weight_is_what_is_descended(corpus, tmp_path, monkeypatch):
+    """Blocks of weight 0 teach nothing: the run is that in which the others count twice, and as if they were alone."""
+    def half(weights):
+        def draw(B, T, generator):
+            mask, _ = bound(B, T, generator)
+            return mask, weights * torch.tensor([1.0, 0.0]).repeat(B // 2)
+        return draw
+
+    bound, weights = train.draw_mask, {}
+    for name, factor in (("plain", None), ("half", 1.0), ("none", 0.0)):
+        monkeypatch.setattr(train, "draw_mask", bound if factor is None else half(factor))
+        run(corpus, tmp_path / name, epochs=0.25, optimizer="adamw", weight_decay=0.0)
+        weights[name] = load_checkpoint(tmp_path / name / "last.pt")["model"]["embed.weight"]
+    torch.manual_seed(train.derive(1, "weights"))
+    begun = make_model(load_checkpoint(tmp_path / "none" / "last.pt")["config"]).embed.weight
+    assert torch.equal(weights["none"], begun)  # no weight, no step
+    assert not torch.equal(weights["half"], weights["plain"]) and not torch.equal(weights["half"], begun)
 
 
 def test_a_weight_that_is_not_one_a_block_is_refused(corpus, tmp_path, monkeypatch):

@@ -333,9 +333,11 @@ def test_evaluate_takes_its_own_masks_and_refuses_a_k_that_is_not_uniform(monkey
     model, blocks = tiny("diffusion", T=T, n_layer=1), torch.zeros(N, T, dtype=torch.long)
     for seed in range(20):
         evaluate(model, blocks, seed=seed)
-    for k in (lambda B, T, generator: torch.ones(B), lambda B, T, generator: torch.full((B,), T)):
+    right = uniform_k
+    for k in (lambda B, T, generator: torch.ones(B), lambda B, T, generator: torch.full((B,), T),
+              lambda B, T, generator: right(B, T, generator) - 1, lambda B, T, generator: right(B, T, generator) + 1):
         monkeypatch.setattr(model_module, "uniform_k", k)
-        if N >= 7 and T >= 5:  # where there is enough to tell by
+        if N >= 64 and T >= 5:  # where there is enough to tell by
             with pytest.raises(ValueError, match="not uniform on 1..T"):
                 evaluate(model, blocks)
 

@@ -344,13 +344,56 @@ def test_documents_of_several_passages_keep_their_starts(tmp_path):
         assert record["tokens"] == record["passages"] + sum(map(len, documents))
 
 
-def test_passages_of_a_single_file_are_documents(tmp_path):
-    text = "\n\n".join(corpus(200))
+def shares(meta):
+    """The share of the bytes that each split has."""
+    sizes = {name: record["bytes"] for name, record in meta["splits"].items()}
+    return {name: size / sum(sizes.values()) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize("sizes", [[9_000], [30_000], [80_000], [1_000_000], [300_000] * 2, [200_000] * 3,
+                                   [600_000, *[3_000] * 30], [20_000] * 30, [400] * 60, [2_000] * 45])
+def test_the_shares_of_the_bytes(tmp_path, sizes, capsys):
+    """85, 10 and 5 %, however many documents there are; each of them whole where that can be."""
+    for seed in range(3):
+        paths = []
+        for i, size in enumerate(sizes):
+            paths.append(tmp_path / f"{seed}-{i:02}.txt")
+            text = "\n\n".join(corpus(size // 300, seed=100 * seed + i)).replace("ï", "i")
+            paths[-1].write_text(text[:size])
+        meta = prepare.prepare(inputs=paths, tokenizer="char", out=tmp_path / str(seed))
+        for name, share in {"train": 0.85, "val": 0.10, "tune": 0.05}.items():
+            assert abs(shares(meta)[name] - share) < (0.03 if name != "train" else 0.06), shares(meta)
+        assert f"{shares(meta)['val']:.1%} of the bytes (aim 10%)" in capsys.readouterr().out
+        if len(sizes) >= 30 and max(sizes) < sum(sizes) / 20:  # then no document is cut
+            data = load(tmp_path / str(seed))
+            texts = {path.read_text() for path in paths}
+            assert {text for name in ("val", "tune") for text in documents_of(data, name)} <= texts
+
+
+def test_a_long_document_is_cut_into_runs_of_passages_that_stay_together(tmp_path):
+    text = "\n\n".join(corpus(3000))  # 1.5 MB
     (tmp_path / "one.txt").write_bytes(text.encode())
     meta = prepare.prepare(inputs=[tmp_path / "one.txt"], tokenizer="char", out=tmp_path / "x")
-    assert all(record["documents"] == record["passages"] > 0 for record in meta["splits"].values())
     data = load(tmp_path / "x")
-    assert sorted(stored_passages(data)) == sorted(passages(text))
+    for name in ("val", "tune"):
+        record = meta["splits"][name]
+        assert record["passages"] > 3 * record["documents"] > 3
+        assert all(document in text for document in documents_of(data, name))
+    stored = stored_passages(data)
+    assert all(passage in text for passage in stored) and sum(map(len, stored)) == len(text)
+    assert "".join(sorted("".join(stored))) == "".join(sorted(text))
+
+
+def test_many_short_documents_are_split_as_before_by_their_hashes(tmp_path):
+    documents = [(text.encode(), text.encode()) for text in corpus(3000)]
+    assert prepare.split(documents, balance=True) == prepare.split(documents)
+    few = [(key, key[:100]) for key, _ in documents[:3]]  # too short to cut
+    assert all(prepare.split(few, balance=True).values())
+
+
+def test_a_text_that_only_repeats_itself_is_told(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("the same\n" * 100_000)
+    assert "it takes 3" in fails(capsys, tmp_path, "--input", tmp_path / "a.txt", f"--out={tmp_path / 'x'}")
 
 
 def test_newlines_stay_and_the_byte_order_mark_goes(tmp_path):
@@ -373,27 +416,29 @@ def test_end_of_text_in_a_file_is_text(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_the_tokenizer_sees_training_documents_only(tmp_path, kind, capsys):
-    texts = [text.encode() for text in corpus()]
-    held_out = {piece for name in ("val", "tune")
-                for _, piece in prepare.split([(text, text) for text in texts])[name]}
     paths = []
-    for i, text in enumerate(texts):  # the keys must stay, so the marker goes in where the key has been taken
+    for i, text in enumerate(corpus()):
         paths.append(tmp_path / f"{i:02}.txt")
-        paths[-1].write_bytes(text)
-    real = prepare.read_files
+        paths[-1].write_text(text)
+    real = prepare.split
 
-    def marked(names):
-        for key, text in real(names):
-            yield key, (text + "§§§§ §§§§".encode() * 50 if text in held_out else text)
+    def marked(*args, **kwargs):
+        splits = real(*args, **kwargs)
+        for name in ("val", "tune"):
+            splits[name] = [(number, text + "§§§§ §§§§".encode() * 50) for number, text in splits[name]]
+        return splits
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "read_files", marked)
+        patch.setattr(prepare, "split", marked)
         meta = prepare.prepare(inputs=paths, tokenizer=kind, vocab_size=400, out=tmp_path / "x")
     plain = prepare.prepare(inputs=paths, tokenizer=kind, vocab_size=400, out=tmp_path / "y")
     assert meta["tokenizer"] == plain["tokenizer"]
-    if kind == "char":  # said in the table and in the meta, and counted
+    if kind == "char":  # said below the table and in the meta, and counted
         assert meta["splits"]["val"]["dropped"] == {"§": 400 * meta["splits"]["val"]["documents"]}
-        assert meta["splits"]["train"]["dropped"] == {} and "vocabulary: {'§'" in capsys.readouterr().out
+        n = meta["splits"]["tune"]["dropped"]["§"]
+        told = f"tune: left out {n:,} characters of 1 kinds not in the vocabulary ("
+        assert meta["splits"]["train"]["dropped"] == {} and told in (out := capsys.readouterr().out)
+        assert out.count("left out") == 2 and out.count("such as '§'\n") == 2
 
 
 def test_gpt2_and_wide_ids(tmp_path, files, monkeypatch):
@@ -437,9 +482,9 @@ def test_the_tokenizer_of_another_folder(tmp_path, monkeypatch, capsys, kind):
     assert prepare.fingerprint(mine) != prepare.fingerprint(first)
     expected = Path("my.txt").read_text()
     if kind == "char":  # which Ω is not in: said, and counted
-        assert "'Ω': 1" in capsys.readouterr().out
+        assert ": left out 1 characters of 1 kinds" in (out := capsys.readouterr().out) and "such as 'Ω'" in out
         expected = expected.replace("Ω", "")
-    assert sorted(stored_passages(mine)) == sorted(passages(expected))
+    assert sorted("".join(stored_passages(mine))) == sorted(expected)
 
 
 def test_no_such_tokenizer(tmp_path, capsys, files):
@@ -448,7 +493,160 @@ def test_no_such_tokenizer(tmp_path, capsys, files):
         error = fails(capsys, tmp_path, "--input", *files, f"--tokenizer={nonsense}", out)
         assert str(nonsense) in error and "gpt2" in error and "a prepared folder" in error
     fails(capsys, tmp_path, "--input", *files, "--tokenizer=" + "x" * 300, out)
-    assert "meta.json" in fails(capsys, tmp_path, "--input", *files, f"--tokenizer={tmp_path}", out)
+    told = fails(capsys, tmp_path, "--input", *files, f"--tokenizer={tmp_path}", out)
+    assert f"{tmp_path} is no folder that prepare.py made" in told
+
+
+def test_other_content_never_takes_the_name_of_data_that_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder, seed in (("a", 0), ("b", 1), ("c", 0)):
+        Path(folder).mkdir()
+        Path(folder, "input.txt").write_text("\n\n".join(corpus(100, seed)))
+    assert prepare.main(["--input=a/input.txt", "--vocab_size=300"]) == 0
+    first = {path.name: path.read_bytes() for path in Path("data/input-input-bpe300").iterdir()}
+    assert prepare.main(["--input=c/input.txt", "--vocab_size=300"]) == 0  # the same again
+    assert load("data/input-input-bpe300").meta["command"].endswith("--input=c/input.txt --vocab_size=300")
+    assert prepare.main(["--input=a/input.txt", "--vocab_size=300"]) == 0
+    assert prepare.main(["--input=b/input.txt", "--vocab_size=300", "--out=data/sotu-bpe300"]) == 0
+    for argv in (["--input=b/input.txt", "--vocab_size=300"], ["--input=a/input.txt", "--tokenizer=data/sotu-bpe300"],
+                 ["--input=a/input.txt", "--vocab_size=301", "--out=data/input-input-bpe300"]):
+        error = fails(capsys, tmp_path, *argv)
+        assert "holds other data" in error and "remove it first" in error
+        assert {path.name: path.read_bytes() for path in Path("data/input-input-bpe300").iterdir()} == first
+    remedy = next(word for word in shlex.split(error) if word.startswith("--out="))
+    assert prepare.main([*argv[:2], remedy.rstrip(",")]) == 0  # and then both are there
+    made = load(tmp_path / "data/input-input-bpe300-2")
+    assert made.meta["command"].endswith(remedy.rstrip(","))
+    before = prepare.fingerprint(made)
+    shutil.rmtree(tmp_path / "data/input-input-bpe300-2")
+    assert prepare.main(shlex.split(made.meta["command"])[2:]) == 0  # the command makes it again, in its folder
+    assert prepare.fingerprint(load(tmp_path / "data/input-input-bpe300-2")) == before
+
+
+@pytest.mark.parametrize("text, flags, preset", [
+    (80_000, [], []), (16_000, [], []), (80_000, ["--max_tokens=3000"], []),
+    (50_000, ["--tokenizer=char", "--out=my data"], ["--preset=gpu"])])  # which a GPU takes by itself
+def test_the_next_command_that_is_printed_works(tmp_path, text, flags, preset):
+    (tmp_path / "my.txt").write_text("\n\n".join(corpus(text // 300))[:text])
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, ROOT / "prepare.py", "--input=my.txt", *flags], cwd=tmp_path,
+                         capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    command = run.stdout.strip().splitlines()[-1]
+    assert command.startswith("  python train.py --data=") and "--unique_tokens=0" in command
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--device=cpu", "--epochs=0.01", "--eval_blocks=2",
+             "--no-compile", "--dtype=float32", "--final_draws=2"]
+    assert "--preset" not in command or not preset
+    run = subprocess.run([sys.executable, ROOT / "train.py", *shlex.split(command)[2:], *preset, *small],
+                         cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_text_too_short_to_train_on_is_told_how_much_it_takes(tmp_path, capsys):
+    (tmp_path / "my.txt").write_text("\n\n".join(corpus(12)))
+    prepare.prepare(inputs=[tmp_path / "my.txt"], vocab_size=400, out=tmp_path / "x")
+    out = capsys.readouterr().out
+    assert "Too short to train on" in out and "2,048" in out and "128" in out and "train.py" not in out
+
+
+def test_the_default_corpus_has_the_plain_command(sotu, capsys, tmp_path):
+    prepare.prepare(out=tmp_path / "x", max_tokens=70_000)
+    assert capsys.readouterr().out.endswith(f"  python train.py --data={tmp_path / 'x'} --objective=diffusion\n")
+    prepare.prepare(out=tmp_path / "y", max_tokens=60_000)
+    assert capsys.readouterr().out.endswith("--objective=diffusion --unique_tokens=0\n")
+
+
+def test_folders_patterns_and_the_home_directory(tmp_path, monkeypatch, capsys, files):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("texts/image.png").write_bytes(b"\x89PNG")
+    expected = prepare.prepare(inputs=files, tokenizer="char", out="expected")
+    for i, name in enumerate(("texts", "~/texts", "texts/*.txt", "~/texts/??.txt", "./t*/[0-9]*.txt")):
+        assert prepare.main([f"--input={name}", "--tokenizer=char", f"--out=~/{i}"]) == 0
+        assert load(tmp_path / str(i)).meta["splits"] == expected["splits"]
+    assert prepare.main([*(f"--input={path}" for path in files), "--tokenizer=~/0", "--out=~/again"]) == 0
+    assert load("again").meta["splits"] == expected["splits"] and not Path("~").exists()
+    Path("a[1].txt").write_text("\n\n".join(corpus(80)))  # a name that is a pattern too
+    assert prepare.main(["--input=a[1].txt", "--tokenizer=char", "--out=bracket"]) == 0
+    Path("none").mkdir()
+    Path("none/image.png").write_bytes(b"\x89PNG")
+    for name in ("none", "~/none", "nothing*.txt", "nowhere.txt", "~nobody/x.txt", ""):
+        assert f"--input={name}: no such file" in fails(capsys, tmp_path, f"--input={name}", "--out=z")
+
+
+def test_gz_and_jsonl(tmp_path, capsys):
+    texts = corpus(200)
+    lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n\r\n" for text in texts).encode()
+    whole = "\n\n".join(texts).encode()
+    contents = {"a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines), "b.txt": b"\xef\xbb\xbf" + whole,
+                "b.txt.gz": gzip.compress(whole)}
+    metas = {}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        metas[name] = prepare.prepare(inputs=[tmp_path / name], tokenizer="char", out=tmp_path / f"out-{name}")
+    assert metas["a.jsonl"]["splits"] == metas["a.jsonl.gz"]["splits"]
+    assert metas["b.txt"]["splits"] == metas["b.txt.gz"]["splits"] != metas["a.jsonl"]["splits"]
+    data = load(tmp_path / "out-a.jsonl")
+    assert sorted(stored_passages(data)) == sorted(texts)  # each a document
+    bad = {"a.jsonl": b'{"text": "a"}\n\n{"text": 3}\n', "b.jsonl": b'{"text": "a"}\n\n{"body": "a"}',
+           "c.jsonl": b'{"text": "a"}\n\nno json', "d.jsonl": b'{"text": "a"}\n\n["text"]',
+           "e.jsonl.gz": gzip.compress(b'{"text": "a"}\n\n3'), "f.jsonl": b'{"text": "a"}\n\n"text"\n'}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        told = fails(capsys, tmp_path, "--input", tmp_path / name, f"--out={tmp_path / 'x'}")
+        assert f"{tmp_path / name}, line 3" in told and '"text"' in told
+    for content in (gzip.compress(whole)[:-9], b"no gzip", gzip.compress(whole)[:30] + b"x" * 99):
+        (tmp_path / "bad.gz").write_bytes(content)
+        told = fails(capsys, tmp_path, "--input", tmp_path / "bad.gz", f"--out={tmp_path / 'x'}")
+        assert f"cannot read {tmp_path / 'bad.gz'} (" in told
+
+
+@pytest.mark.parametrize("encoding, name", [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("cp1252", "CP1252")])
+def test_text_in_another_encoding_is_told_the_command_that_converts_it(tmp_path, capsys, encoding, name):
+    text = "A naïve café – “quoted” €\n\n" + "\n\n".join(corpus(60))
+    (tmp_path / "my text.txt").write_bytes(text.encode(encoding))
+    told = fails(capsys, tmp_path, "--input", tmp_path / "my text.txt", f"--out={tmp_path / 'x'}")
+    command = told.strip()[told.index("iconv"):]
+    assert f"likely {name}: iconv -f {name} -t UTF-8 " in told
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "utf8.txt").read_text(encoding="utf-8") == text
+    (tmp_path / "cut.txt").write_bytes(text.encode()[:5])  # within a character
+    told = fails(capsys, tmp_path, "--input", tmp_path / "cut.txt", f"--out={tmp_path / 'x'}")
+    assert "unexpected end of data" in told and "Unless it is damaged" in told
+
+
+def test_characters_that_are_left_out_take_one_line(tmp_path, capsys):
+    strange = "".join(chr(i) for i in range(0x4E00, 0x4E00 + 500))
+    real = prepare.split
+    (tmp_path / "my.txt").write_text("\n\n".join(corpus(200)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "split", lambda *args, **kwargs: real(*args, **kwargs) | {
+            "val": [(0, (corpus(1)[0] * 20 + strange).encode())]})
+        prepare.prepare(inputs=[tmp_path / "my.txt"], tokenizer="char", out=tmp_path / "x")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "left out" in line)
+    assert line.startswith("val: left out 500 characters of 500 kinds not in the vocabulary (")
+    assert line.endswith("%), such as '一' '丁' '丂'") and len(line) < 110
+
+
+def test_a_vocabulary_too_small_for_a_script_names_char(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    text = "\n\n".join("".join(chr(0x4E00 + int(i)) for i in rng.integers(0, 3000, 100)) for _ in range(150))
+    (tmp_path / "my.txt").write_text(text)
+    prepare.prepare(inputs=[tmp_path / "my.txt"], vocab_size=300, out=tmp_path / "x")
+    assert "A character takes 2." in (out := capsys.readouterr().out) and "--tokenizer=char" in out
+    prepare.prepare(inputs=[tmp_path / "my.txt"], tokenizer="char", out=tmp_path / "y")
+    assert "A character takes" not in capsys.readouterr().out
+    told = fails(capsys, tmp_path, "--input", tmp_path / "my.txt", "--vocab_size=100", f"--out={tmp_path / 'z'}")
+    assert "vocab_size is 100" in told and "257" in told and "--tokenizer=char" in told
+
+
+def test_a_large_text_is_not_in_memory_many_times(tmp_path):
+    (tmp_path / "my.txt").write_text("\n\n".join(corpus(100)) * 400)  # 20 MB
+    code = ("import prepare, resource; a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+            f"prepare.prepare(inputs=[{str(tmp_path / 'my.txt')!r}], tokenizer='char', out={str(tmp_path / 'x')!r});"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) * 1024 < 6 * (tmp_path / "my.txt").stat().st_size
 
 
 def test_without_a_folder_named_it_says_what_is_in_it(tmp_path, monkeypatch):
@@ -601,15 +799,16 @@ def test_an_interrupted_run_leaves_the_old_data(tmp_path, files, monkeypatch, ca
     prepare.prepare(inputs=files, out=tmp_path / "x", vocab_size=257)
     before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, when, interrupted)
         assert "interrupted" in fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'x'}")
     assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
-    prepare.prepare(inputs=files, out=tmp_path / "x", vocab_size=300)  # and data of ours is replaced
-    assert load(tmp_path / "x").tokenizer.vocab_size == 300
+    (tmp_path / "x" / "val.bin").write_bytes(b"")  # and the same data is replaced, as that mends it
+    prepare.prepare(inputs=files, out=tmp_path / "x", vocab_size=257)
+    assert load(tmp_path / "x").tokenizer.vocab_size == 257
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts", "x"]
 
 
@@ -618,7 +817,7 @@ def test_an_interrupted_run_leaves_the_old_data(tmp_path, files, monkeypatch, ca
 
 def test_load_errors(tmp_path, files):
     folder = tmp_path / "x"
-    with pytest.raises(DataError, match="python prepare.py --out="):
+    with pytest.raises(DataError, match="x is no folder that prepare.py made: .*python prepare.py --input=FILE"):
         load(folder)
     folder.mkdir()
     with pytest.raises(DataError, match=str(folder)):
@@ -659,6 +858,39 @@ def test_load_errors(tmp_path, files):
         load(folder)
     (folder / "train.bin").write_bytes(train)
     assert load(folder).meta["splits"]["train"]["tokens"] == len(train) // 2
+
+
+def test_what_is_no_data_is_told_what_it_is(tmp_path, monkeypatch, capsys):
+    """And not to run a command that makes another corpus under the name that was typed."""
+    monkeypatch.chdir(tmp_path)
+    Path("a b.txt").write_text("\n\n".join(corpus(100)))
+    Path("out/run").mkdir(parents=True)
+    Path("out/run/log.jsonl").write_text("{}")
+    Path("out/run/best.pt").write_bytes(b"")
+    for name in ("nowhere", "data/sotu-bpe521", "data/sotu-bpe51", "data"):
+        assert "there are none yet" in told(name) and "dataset" not in told(name)
+    prepare.prepare(inputs=["a b.txt"], tokenizer="char")
+    for name in ("nowhere", "data/sotu-bpe521", "data/sotu-bep512", "data", "data/input-a b-char/val.bin"):
+        assert "there are data/input-a b-char. `python prepare.py --input=FILE`" in told(name)
+    assert "run `python prepare.py --input='a b.txt'`" in told("a b.txt")
+    for name in ("out/run", "out/run/best.pt", "gone.pt"):
+        assert "it is of a run" in told(name) and "--resume" in told(name)
+    Path("foreign").mkdir()
+    Path("foreign/meta.json").write_text('{"format": "other"}')
+    assert "meta.json" in told("foreign") or "version" in told("foreign")
+    assert "sotu" not in told("foreign") and "prepare.py --out" not in told("foreign")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("~/data/input-a b-char").tokenizer.kind == "char"
+
+
+def told(name):
+    """The error of train.py --data=name, one or two lines."""
+    with pytest.raises(DataError) as caught:
+        prepare.open_data({"data": name, "block_size": 16, "batch_size": 2, "split": "val", "unique_tokens": 0,
+                           "eval_blocks": 0})
+    assert str(caught.value).startswith((f"{name} ", f"cannot load {name} ")) and "\n" not in str(caught.value)
+    assert not Path(name).is_relative_to("data") or not Path(name).joinpath("meta.json").exists()
+    return str(caught.value)
 
 
 # ----- downloads, from a server on this machine that also misbehaves

@@ -1,21 +1,27 @@
 """The samplers draw from the distribution they claim, and the command line does what it says."""
 
+import io
 import itertools
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from conftest import any_order_losses, tiny
-from model import GPTConfig, UserError, save_checkpoint
-from prepare import Tokenizer
+from model import GPT, GPTConfig, UserError, evaluate, load_checkpoint, model_from_checkpoint, save_checkpoint
+from prepare import EOT, Tokenizer
 from sample import encode_gaps, main, pick, sample_ar, sample_diffusion, unmask
+
+ROOT = Path(__file__).parent.parent
 
 
 def generator(seed=0):
@@ -369,8 +375,9 @@ def say(capsys, *argv):
 
 def test_gaps_become_masks_and_all_else_is_kept():
     V = TOKENIZER.vocab_size
-    for text, parts in (("w1a ____ w2b", ["w1a", 8, " w2b"]), ("__3__w1a__", [3, "w1a", 8]),
-                        ("__12__ __", [12, 8]), ("w1a  __ w2b____2____.", ["w1a ", 8, " w2b", 2, "."])):
+    for text, parts in (("w1a ____ w2b", ["w1a", 8, " w2b"]), ("__3__w1a ____", [3, "w1a", 8]),
+                        ("__12__ __", [12, 8]), ("w1a  __ w2b____2____.", ["w1a ", 8, " w2b", 2, "."]),
+                        ("w1a____w2b", ["w1a", 8, "w2b"])):
         expected = []
         for part in parts:
             expected += [V] * part if isinstance(part, int) else TOKENIZER.encode(part).tolist()
@@ -378,6 +385,60 @@ def test_gaps_become_masks_and_all_else_is_kept():
     for text in ("w1a", "w1a __0__", "__99999999__", f"__{'9' * 5000}__"):
         with pytest.raises(UserError, match="--infill needs gaps"):
             encode_gaps(TOKENIZER, text, 8)
+
+
+BYTES = Tokenizer({"kind": "char", "characters": "".join(map(chr, range(32, 127))) + "\n\u6211"})
+
+
+def with_gaps(text, mark=""):
+    """A text as encode_gaps reads it, with [n] for a gap of n tokens; without a gap, the text."""
+    try:
+        ids = encode_gaps(BYTES, text, 5, mark).tolist()
+    except UserError:
+        return text
+    runs = [(masked, [*group]) for masked, group in itertools.groupby(ids, lambda i: i == BYTES.vocab_size)]
+    return "".join(f"[{len(group)}]" if masked else BYTES.decode(group) for masked, group in runs)
+
+
+@pytest.mark.parametrize("text", [
+    "def __init__(self):", 'if __name__ == "__main__":', "snake__case", "self.__class__.__name__", "__all__ = ['a']",
+    "_, x = __file__, __private", "trailing__ = a__", "from .a import __version__, b__c", "f'{__doc__}'",
+    "__bold__ and ___both___", "__Note:__ read on", "a __(bold)__ word, __\"quoted\"__.", "**__x__** _y_ a_b",
+    "- [__link__](http://a/__b__)", "a_b", "_", "__2to3__ and __x86_64__"])
+def test_underscores_of_a_text_are_text(text):
+    assert with_gaps(text) == text
+    assert with_gaps(f"{text}\n____") == f"{text}\n[5]"
+    assert with_gaps(f"____ {text}") == f"[5] {text}"
+
+
+@pytest.mark.parametrize("text, read", [
+    ("def __init__(self): ____", "def __init__(self):[5]"), ("____, ____.", "[5],[5]."), ("____", "[5]"),
+    ("a __ b ___ c", "a[5] b[5] c"), ("we __. Or __!", "we[5]. Or[5]!"), ("__\n__", "[5]\n[5]"),
+    ("(____) \"____\" x=____;", "([5]) \"[5]\" x=[5];"), ("a __7__ b", "a[7] b"), ("__7__", "[7]"),
+    ("f(__2__, __3__)", "f([2],[3])"), ("____4____", "[4]"), ("________________", "[5]"),
+    ("\u6211____\u6211__3__\u6211", "\u6211[5]\u6211[3]\u6211"), ("un____ed", "un[5]ed")])
+def test_a_gap_is_what_the_help_says(text, read):
+    assert with_gaps(text) == read
+
+
+def test_a_gap_mark_of_ones_own_leaves_underscores_alone(runs, capsys):
+    for mark in ("[...]", "???", "\\", "<gap>", "^"):
+        assert with_gaps(f"__init__ ____ {mark} __7__{mark}.", mark) == "__init__ ____[5] __7__[5]."
+    written = json.loads(say(capsys, "--run", runs / "diffusion", "--infill=w1a [...] w2b", "--gap_mark=[...]",
+                             "--gap=6", "--json"))
+    assert written["gap_mark"] == "[...]" and len(written["samples"]) == 3
+    for text in written["samples"]:
+        assert re.fullmatch("w1a.{6} w2b", text.replace(EOT, "."))
+    assert main(["--run", str(runs / "diffusion"), "--infill=a ____", "--gap_mark=[...]"]) == 2
+    assert "[...]" in capsys.readouterr().err  # it says which mark was looked for
+
+
+def test_the_help_states_the_rule_for_gaps(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a gap is 4 underscores or more, 2 or 3 only as a word of their own, or __7__ (7 tokens)" in text
+    assert "--gap_mark" in text and "--stop_at_eot" in text
 
 
 def test_infill_keeps_the_text_around_the_gaps(runs, capsys, tmp_path):
@@ -389,6 +450,55 @@ def test_infill_keeps_the_text_around_the_gaps(runs, capsys, tmp_path):
             out = say(capsys, "--run", runs / "diffusion", "--infill", text, "--gap=6", "--json", *extra)
             for written in json.loads(out)["samples"]:
                 assert re.fullmatch(pattern, written.replace("<|endoftext|>", "."), re.DOTALL)
+
+
+def test_a_text_may_stand_in_a_file(runs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfw1a w2b")  # with a byte order mark
+    (tmp_path / "gaps.txt").write_text("w1a ____ w2b")
+    for path in (tmp_path / "prompt.txt", "~/prompt.txt"):
+        record = json.loads(say(capsys, "--run", runs / "ar", f"--prompt=@{path}", "--length=12", "--json"))
+        assert record["prompt"] == f"@{path}" and all(text.startswith("w1a w2b") for text in record["samples"])
+    record = json.loads(say(capsys, "--run", runs / "diffusion", "--infill=@~/gaps.txt", "--json"))
+    assert all(text.startswith("w1a") and text.endswith(" w2b") for text in record["samples"])
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_endoftext_in_a_prompt_is_the_token_that_ends_a_document(runs, capsys, monkeypatch, name):
+    read, hidden = [], GPT.hidden
+
+    def spy(self, idx, **how):
+        read.append(idx[0].tolist())
+        return hidden(self, idx, **how)
+
+    monkeypatch.setattr(GPT, "hidden", spy)
+    record = json.loads(say(capsys, "--run", runs / name, f"--prompt={EOT}w1a{EOT}", "--length=12", "--json"))
+    assert all(text.startswith(f"{EOT}w1a{EOT}") for text in record["samples"])
+    start = [TOKENIZER.vocab_size] * (name == "ar")
+    assert read[0][:5 + len(start)] == [*start, TOKENIZER.eot, *TOKENIZER.encode("w1a"), TOKENIZER.eot]
+    if name == "diffusion":
+        say(capsys, "--run", runs / name, f"--infill={EOT}w1a ____{EOT}.", "--gap=2", "--json")
+        assert read[-1][:4] == read[0][:4] and read[-1][6:8] == [TOKENIZER.eot, TOKENIZER.ids["."]]
+
+
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_stop_at_eot_ends_a_text_at_the_first_that_was_written(runs, capsys, name):
+    how = ["--run", runs / name, f"--prompt={EOT}w1a", "--length=150", "--num_samples=6", "--temperature=3"]
+    whole = json.loads(say(capsys, *how, "--json"))["samples"]
+    record = json.loads(say(capsys, *how, "--json", "--stop_at_eot"))
+    assert record["stop_at_eot"] and record["length"] == 150
+    begin = len(f"{EOT}w1a")
+    expected = [text[:text.index(EOT, begin) + len(EOT)] if EOT in text[begin:] else text for text in whole]
+    assert record["samples"] == expected and expected != whole
+    assert "".join(f"----- {n}\n{text}\n" for n, text in enumerate(expected, 1)) in say(capsys, *how, "--stop_at_eot")
+
+
+def test_stop_at_eot_makes_no_forward_pass_for_what_is_cut(runs, capsys):
+    for name in ("ar", "diffusion"):
+        how = ["--run", runs / name, "--length=2000", "--num_samples=1", "--temperature=3", "--json"]
+        record = json.loads(say(capsys, *how, "--stop_at_eot"))
+        assert record["samples"][0].count(EOT) == 1 and record["samples"][0].endswith(EOT)
+        assert record["network_evaluations"] < 1000
 
 
 def test_json_has_all_that_made_the_samples(runs, capsys):
@@ -419,6 +529,9 @@ def test_json_tells_the_order_that_was_used(runs, capsys, name, flags, order):
 
 
 @pytest.mark.parametrize("argv, message", [
+    (["--run=diffusion/best.pt", "--checkpoint=last"], "--checkpoint=last"),
+    (["--run=ar/last.pt"], "ar/last.pt"), (["--run=dif"], "ar, diffusion"), (["--run=x/y.pt"], "x/y.pt"),
+    (["--run=~nobody"], "no such checkpoint"), (["--run=ar", "--prompt=@~/none"], "none"),
     (["--run=ar", "--infill=a ____ b"], "for diffusion"), (["--run=ar", "--steps=4"], "for diffusion"),
     (["--run=ar", "--order=left"], "for diffusion"), (["--run=diffusion", "--order=up"], "invalid choice"),
     (["--run=diffusion", "--infill=@ar/best.pt"], "utf-8"),
@@ -452,3 +565,93 @@ def test_the_newest_run_is_the_default_and_says_if_it_was_not_evaluated(runs, ca
     (tmp_path / "out" / "ar" / "best.pt").unlink()
     assert main([]) == 2 and "has not been evaluated yet" in capsys.readouterr().err
     assert json.loads(say(capsys, "--json", "--length=4", "--checkpoint=last"))["checkpoint"] == "last"
+
+
+def test_a_run_may_be_named_by_its_checkpoint(runs, capsys, monkeypatch, tmp_path):
+    shutil.copytree(runs, tmp_path / "out")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "out" / "ar"
+    state = load_checkpoint(folder / "best.pt")
+    save_checkpoint(folder / "last.pt", state | {"state": {"step": 9}})
+    for run, name, step in (("out/ar", "best", 7), ("out/ar/best.pt", "best", 7), ("out/ar/last.pt", "last", 9),
+                            ("~/out/ar/last.pt", "last", 9), ("~/out/ar", "best", 7)):
+        record = json.loads(say(capsys, f"--run={run}", "--length=4", "--json"))
+        assert (record["checkpoint"], record["step"]) == (name, step)
+        assert record["run"] == run.replace("~", str(tmp_path)).removesuffix(f"/{name}.pt")
+        assert say(capsys, f"--run={run}", "--length=4").startswith(f"{record['run']}/{name}.pt: ar, ")
+    (folder / "best.pt").unlink()
+    assert main(["--run=out/ar/best.pt"]) == 2 and "has not been evaluated yet" in capsys.readouterr().err
+    assert main(["--run=out/air"]) == 2 and "out/ar, out/diffusion" in capsys.readouterr().err
+    assert main(["--run=elsewhere"]) == 2 and "out/ar, out/diffusion" in capsys.readouterr().err
+
+
+def test_from_python_in_five_lines(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    saved = load_checkpoint("ar/best.pt")
+    model, tokenizer = model_from_checkpoint(saved), Tokenizer(saved["tokenizer"])
+    ids = torch.from_numpy(tokenizer.encode("w1a"))[None]
+    ids, when = sample_ar(model, ids, 12, temperature=0)
+    text = tokenizer.decode(ids[0])
+    loss, error = evaluate(model, ids[:, :8])
+    assert [text] == json.loads(say(capsys, "--run=ar", "--prompt=w1a", "--length=12", "--temperature=0",
+                                    "--num_samples=1", "--json"))["samples"]
+    assert 0 < loss < math.inf and error == 0
+
+
+# ----- what reaches a terminal, a pipe, and a pipe that nobody reads
+
+
+STRANGE = Tokenizer({"kind": "char", "characters": "a\x1b[2J\r\n\t\x07\x9b\x7f\0\u202e\u6211\u2603"})
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    """A run that writes what steers a terminal, and what ASCII does not have."""
+    folder = tmp_path_factory.mktemp("strange")
+    model = tiny("ar", STRANGE.vocab_size, 32).float()
+    save_checkpoint(folder / "best.pt", {
+        "config": asdict(model.config) | {"dtype": "float32"}, "state": {"step": 7},
+        "tokenizer": STRANGE.spec, "model": model.state_dict()})
+    return folder
+
+
+STRANGE_PROMPT = "a\x1b[2J\r\n\ta\x07\x9b\x7f\r\u202e\u6211\u2603a"
+
+
+def test_nothing_in_a_text_steers_a_terminal(strange, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert main([f"--run={strange}", f"--prompt={STRANGE_PROMPT}", "--temperature=3", "--length=100"]) == 0
+    out = sys.stdout.getvalue()
+    assert not re.search(r"[\0-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", out)
+    assert out.count("a\\x1b[2J\n        a\\x07\\x9b\\x7f\\r\\u202e\u6211\u2603a") == 3
+
+
+def command(*argv, script="sample.py", **how):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, argv)], capture_output=True, timeout=60, **how)
+
+
+def test_into_a_pipe_a_text_is_exact(strange, capsys):
+    how = [f"--run={strange}", "--prompt=" + STRANGE_PROMPT, "--temperature=3", "--length=60"]
+    texts = json.loads(say(capsys, *how, "--json"))["samples"]
+    expected = "".join(f"----- {n}\n{text}\n" for n, text in enumerate(texts, 1))
+    exact = command(*how, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert (exact.returncode, exact.stderr) == (0, b"") and exact.stdout.endswith(expected.encode())
+    poor = command(*how, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (poor.returncode, poor.stderr) == (0, b"")
+    assert poor.stdout.endswith(expected.encode("ascii", "backslashreplace"))
+
+
+@pytest.mark.parametrize("script", ["sample.py", "notebooks/watch.py"])
+def test_a_reader_who_has_seen_enough_gets_no_traceback(runs, script):
+    run = runs / "ar" if "watch" in script else f"--run={runs / 'ar'}"
+    for length, closed in ((60, "| head -1"), (4, "| head -1"), (60, "| true"), (4, ">&-")):
+        line = f"{sys.executable} {ROOT / script} {run} --num_samples=200 --length={length} {closed}"
+        done = subprocess.run(["bash", "-c", f"{line}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
+                              timeout=60)
+        assert done.stderr == "" and int(done.stdout.split()[-1]) in (0, 141)
+        assert len(done.stdout.splitlines()) == 1 + ("head" in closed)

@@ -9,7 +9,7 @@ import torch
 
 import train
 from conftest import tiny
-from model import UserError, save_checkpoint
+from model import UserError, evaluate, save_checkpoint
 
 sys.path.append(str(Path(__file__).parent.parent / "notebooks"))
 
@@ -39,6 +39,7 @@ def test_a_network_may_read_in_another_order():
     assert torch.allclose(model(x, position=straight), model(x), atol=1e-6)
     assert not torch.allclose(model(x, position=straight.flip(1)), model(x), atol=1e-3)
     assert torch.equal(model(x), tiny("ar")(x))  # without positions it is a GPT
+    assert evaluate(model, x) == evaluate(tiny("ar"), x)
 
 
 def test_what_is_replaced_moves_too():
