@@ -404,7 +404,7 @@ def with_gaps(text, mark=""):
     "def __init__(self):", 'if __name__ == "__main__":', "snake__case", "self.__class__.__name__", "__all__ = ['a']",
     "_, x = __file__, __private", "trailing__ = a__", "from .a import __version__, b__c", "f'{__doc__}'",
     "__bold__ and ___both___", "__Note:__ read on", "a __(bold)__ word, __\"quoted\"__.", "**__x__** _y_ a_b",
-    "- [__link__](http://a/__b__)", "a_b", "_", "__2to3__ and __x86_64__"])
+    "- [__link__](page/__b__)", "a_b", "_", "__2to3__ and __x86_64__"])
 def test_underscores_of_a_text_are_text(text):
     assert with_gaps(text) == text
     assert with_gaps(f"{text}\n____") == f"{text}\n[5]"
