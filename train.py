@@ -458,7 +458,7 @@ def accelerate(model, inputs, compile, dtype):
             with precision(inputs["x"].device, dtype):
                 network(**inputs).mean().backward()
         except Exception as error:  # no compiler, no backend for this system, ...: all mean the same to us
-            reason = str(error).strip().split("\n")[0]
+            reason = " ".join(str(error).strip().split("\n")[:2])
             say(f"--compile does not work here: {type(error).__name__}: {reason}")
             network = model
         model.zero_grad()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -203,7 +204,7 @@ def test_every_evaluation_can_be_read_at_once_where_the_output_is_a_file(corpus,
 def test_a_stdout_without_plus_minus_or_closed_ends_no_run(corpus, tmp_path):
     done = command(*flags(corpus), cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "? 0.0" in done.stdout, done.stderr
-    line = f"{sys.executable} {ROOT / 'train.py'} {' '.join(flags(corpus, epochs=30.0))}"
+    line = shlex.join([sys.executable, str(ROOT / "train.py"), *flags(corpus, epochs=30.0)])
     for name, shell in (("head", f"{line} --out=out/head | head -1"), ("closed", f"{line} --out=out/closed >&-")):
         done = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert "Traceback" not in done.stderr and "error" not in done.stderr, done.stderr

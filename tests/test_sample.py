@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -650,7 +651,8 @@ def test_into_a_pipe_a_text_is_exact(strange, capsys):
 def test_a_reader_who_has_seen_enough_gets_no_traceback(runs, script):
     run = runs / "ar" if "watch" in script else f"--run={runs / 'ar'}"
     for length, closed in ((60, "| head -1"), (4, "| head -1"), (60, "| true"), (4, ">&-")):
-        line = f"{sys.executable} {ROOT / script} {run} --num_samples=200 --length={length} {closed}"
+        words = map(str, (sys.executable, ROOT / script, run, "--num_samples=200", f"--length={length}"))
+        line = f"{shlex.join(words)} {closed}"
         done = subprocess.run(["bash", "-c", f"{line}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
                               timeout=60)
         assert done.stderr == "" and int(done.stdout.split()[-1]) in (0, 141)
