@@ -268,7 +268,9 @@ def draw_losses(ax, *logs):
     rate, *others = {round(log[-1]["flops"] / log[-1]["epoch"]) for log in logs}
     if not others:  # else an epoch does not cost all of them the same
         ax.secondary_xaxis("top", functions=(lambda e: e * rate, lambda f: f / rate)).set_xlabel("FLOPs")
-    best = best_of(first.get("ar", logs[0]))
+    best = min((best_of(log) for log in logs), key=lambda record: record["val_loss"])
+    if len(first) == 2:
+        best = best_of(first["ar"])
     ax.axhline(best["val_loss"], color=COLOURS[min(first)], lw=0.8, zorder=0)
     if len(first) == 1:
         ax.set_title(f"Lowest validation loss {best['val_loss']:.3f}, epoch {best['epoch']:.3g}", loc="left")

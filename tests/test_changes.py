@@ -1,6 +1,6 @@
 """Four changes that readers make: each takes one place, trains, and leaves what is reported alone.
 
-README's "Change it" points here. Copy the code of a test to begin with your own.
+Copy the code of a test to begin with your own.
 """
 
 import math

@@ -155,6 +155,9 @@ def test_seeds_share_a_label_and_regularised_runs_are_dashed():
     labels = sorted(text.get_text() for text in ax.texts)
     assert labels == ["AR (exact)", "AR, regularised (exact)", "diffusion (bound)"]
     assert len([line for line in ax.lines if line.get_linestyle() == "--"]) == 1
+    ax = Figure().subplots()
+    sample.draw_losses(ax, log_of("ar", [4, 3, 5]), log_of("ar", [4, 2.5, 5]))
+    assert ax.get_title(loc="left") == "Lowest validation loss 2.500, epoch 2"
 
 
 @pytest.mark.parametrize("change, named", [
