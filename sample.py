@@ -265,8 +265,9 @@ def draw_losses(ax, *logs):
         free = max(y, free + apart)
         ax.annotate(label, (x, free), (6, 0), textcoords="offset points", color=color, va="center",
                     bbox={"color": "white", "alpha": 0.8, "pad": 1})
-    rate, *others = {round(log[-1]["flops"] / log[-1]["epoch"]) for log in logs}
-    if not others:  # else an epoch does not cost all of them the same
+    rates = {round(log[-1]["flops"] / log[-1]["epoch"]) for log in logs}  # FLOPs an epoch
+    if len(rates) == 1:  # else an epoch does not cost all of them the same
+        rate = rates.pop()
         ax.secondary_xaxis("top", functions=(lambda e: e * rate, lambda f: f / rate)).set_xlabel("FLOPs")
     best = min((best_of(log) for log in logs), key=lambda record: record["val_loss"])
     if len(first) == 2:
@@ -276,10 +277,11 @@ def draw_losses(ax, *logs):
         ax.set_title(f"Lowest validation loss {best['val_loss']:.3f}, epoch {best['epoch']:.3g}", loc="left")
         return
     ar, diffusion = first["ar"], first["diffusion"]
-    for flops, mark in filter(all, zip(crossings(ar, diffusion), ("o", "D"), strict=True)):  # those there are
-        x = flops * diffusion[-1]["epoch"] / diffusion[-1]["flops"]
-        y = np.interp(np.log(x), np.log(curve(diffusion)[:, 0]), curve(diffusion)[:, 1])
-        ax.plot(x, y, mark, color="black", mfc="white", ms=9)
+    for flops, mark in zip(crossings(ar, diffusion), ("o", "D"), strict=True):
+        if flops:
+            x = flops * diffusion[-1]["epoch"] / diffusion[-1]["flops"]
+            y = np.interp(np.log(x), np.log(curve(diffusion)[:, 0]), curve(diffusion)[:, 1])
+            ax.plot(x, y, mark, color="black", mfc="white", ms=9)
     ax.set_title(verdict(ar, diffusion), loc="left", fontsize=10)
 
 
