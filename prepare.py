@@ -34,8 +34,8 @@ VAL_END, TUNE_END = 0.10, 0.15  # documents with a hash below the first go to va
 # bpe merges within a match only. Any character is in one. GPT-2's pattern fails on very long runs of spaces.
 SPLIT_PATTERN = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
 FORMAT, VERSION, EOT = "ambigpt-data", 1, "<|endoftext|>"
-DEFAULTS = {"data/sotu-bpe512": ("vocab_size", 512), "data/sotu-bpe4096": ("vocab_size", 4096),
-            "data/sotu-char": ("tokenizer", "char")}  # what train.py prepares by itself
+DEFAULTS = {"data/sotu-bpe512": {"vocab_size": 512}, "data/sotu-bpe4096": {"vocab_size": 4096},
+            "data/sotu-char": {"tokenizer": "char"}}  # what train.py prepares by itself
 Data = namedtuple("Data", "meta tokenizer splits")  # splits: {name: (tokens,) ids, read-only}
 
 
@@ -267,7 +267,8 @@ def open_data(config):
     default = DEFAULTS.get(folder.as_posix())
     if default and not folder.exists() and not processes()[0]:
         print(f"{folder} is not there yet: preparing the default corpus")
-        prepare(**dict([default]), out=folder, command="python prepare.py --{}={}".format(*default))
+        (flag, value), = default.items()
+        prepare(**default, out=folder, command=f"python prepare.py --{flag}={value}")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other processes wait for rank 0
     data = load(folder, config.get("data_sha256"))
@@ -358,7 +359,8 @@ def read_c4(max_tokens):
             for line in lines:
                 text = json.loads(line)["text"].encode()
                 yield text, text
-                if (left := left - len(text)) <= 0:
+                left -= len(text)
+                if left <= 0:
                     return
 
 

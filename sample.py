@@ -436,17 +436,11 @@ def generate(args, run, alone=True):
     return record, tokenizer, ids, when
 
 
-def main(argv=None):
+def told(work, *arguments):
+    """Do a command's work and return its exit code; what a person can mend is told in a line."""
     try:
-        args = parse(argv)
-        record, *_ = generate(args, args.run)
-        texts = [f"----- {number}\n{text}" for number, text in enumerate(record["samples"], 1)]
-        text = "\n".join((f"{record['run']}/{record['checkpoint']}.pt: {record['objective']}, "
-                          f"{record['parameters'] / 1e6:.2f}M parameters, step {record['step']:,}", *texts))
-        if sys.stdout.isatty():  # which no text may steer: ESC is printed as the four characters \x1b
-            text = re.sub(r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]",
-                          lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n").expandtabs())
-        print(json.dumps(record) if args.json else text, flush=True)
+        work(*arguments)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough: nothing is left to be flushed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -456,6 +450,26 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def write(argv):
+    """What the command line asks for."""
+    args = parse(argv)
+    record, *_ = generate(args, args.run)
+    if args.json:
+        print(json.dumps(record))
+        return
+    texts = [f"----- {number}\n{text}" for number, text in enumerate(record["samples"], 1)]
+    text = "\n".join((f"{record['run']}/{record['checkpoint']}.pt: {record['objective']}, "
+                      f"{record['parameters'] / 1e6:.2f}M parameters, step {record['step']:,}", *texts))
+    if sys.stdout.isatty():  # which no text may steer: ESC is printed as the four characters \x1b
+        text = re.sub(r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]",
+                      lambda match: ascii(match[0])[1:-1], text.replace("\r\n", "\n").expandtabs())
+    print(text)
+
+
+def main(argv=None):
+    return told(write, argv)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ from numpy.lib.stride_tricks import sliding_window_view  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from model import UserError, choose_device, evaluate, load_checkpoint  # noqa: E402
+from model import UserError, choose_device, load_checkpoint  # noqa: E402
 from model import model_from_checkpoint, precision  # noqa: E402
-from prepare import DataError, open_data  # noqa: E402
-from sample import sample_ar, sample_diffusion  # noqa: E402
+from prepare import open_data  # noqa: E402
+from sample import sample_ar, sample_diffusion, told  # noqa: E402
 
 
 def open_checkpoint(run, checkpoint="best", split=None, device=None, **other):
@@ -99,10 +99,9 @@ def bar(parts, name):
 def score_again(opened):
     """The held-out loss of an open checkpoint, as after the last step of its run: a dict, see above."""
     blocks, draws = opened.blocks, opened.config["final_draws"]
-    with opened.context():
-        loss, stderr = evaluate(opened.model, blocks, draws=draws)
-    text = opened.data.tokenizer.token_bytes()[blocks.numpy()].sum()  # in bytes
-    result = {"loss": loss, "stderr": stderr, "bpb": loss * blocks.numel() / int(text) / math.log(2)}
+    text = opened.data.tokenizer.token_bytes()[blocks.numpy()].sum()  # in bytes, of this split
+    config = opened.config | {"eval_tokens": blocks.numel(), "eval_bytes": int(text)}
+    result = train.score(config, opened.model, blocks, draws)
     if opened.config["objective"] == "diffusion":
         device = opened.model.embed.weight.device
         with opened.context():
@@ -225,7 +224,8 @@ def measure(opened, what, K):
     return row
 
 
-def main(argv=None):
+def print_measures(argv=None):
+    """What the command line asks for."""
     usage = "python notebooks/probe.py RUN [RUN ...] [FLAGS]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory")
@@ -239,24 +239,21 @@ def main(argv=None):
     if args.orders < 0 or ("orders" in what) != (args.orders > 0):
         parser.error("--only=orders and --orders=K, with K of at least 1, go together")
     command = shlex.join(["python", "notebooks/probe.py", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        for run in args.runs:
-            step = None
-            for name in [args.checkpoint] if args.checkpoint else ["best", "last"]:
-                with contextlib.redirect_stdout(sys.stderr):  # standard output is for JSON
-                    opened = open_checkpoint(run, name, args.split, args.device)
-                    if opened.step == step:
-                        continue  # the last network is the best
-                    step = opened.step
-                    row = {"run": str(run), "checkpoint": name, "step": step, "split": opened.config["split"],
-                           **measure(opened, what, args.orders), "command": command}
-                print(json.dumps(row), flush=True)
-    except (UserError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    for run in args.runs:
+        step = None
+        for name in [args.checkpoint] if args.checkpoint else ["best", "last"]:
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for JSON
+                opened = open_checkpoint(run, name, args.split, args.device)
+                if opened.step == step:
+                    continue  # the last network is the best
+                step = opened.step
+                row = {"run": str(run), "checkpoint": name, "step": step, "split": opened.config["split"],
+                       **measure(opened, what, args.orders), "command": command}
+            print(json.dumps(row), flush=True)
+
+
+def main(argv=None):
+    return told(print_measures, argv)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample  # noqa: E402
 from model import UserError  # noqa: E402
-from prepare import DataError  # noqa: E402
 
 
 def characters(tokenizer, ids, when):
@@ -103,31 +102,24 @@ def play(results, row, animate):
     print(*lines, sep="\n")
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def watch(argv):
+    """What the command line asks for."""
     runs = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    try:
-        if len(runs) > 2:
-            raise UserError(f"{len(runs)} runs do not fit side by side: name one or two")
-        args = sample.parse(argv[len(runs):])
-        runs = runs or [args.run]
-        results = [sample.generate(args, run, alone=len(runs) == 1) for run in runs]
-        for record, *_ in results:
-            name = f"{record['run']}/{record['checkpoint']}.pt"
-            print(f"{name}: {record['objective']}, step {record['step']:,}")
-        for row in range(args.num_samples):
-            print(f"----- {row + 1}")
-            play(results, row, sys.stdout.isatty())
-        sys.stdout.flush()
-    except BrokenPipeError:  # as in sample.py
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (UserError, DataError, OSError, UnicodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if len(runs) > 2:
+        raise UserError(f"{len(runs)} runs do not fit side by side: name one or two")
+    args = sample.parse(argv[len(runs):])
+    runs = runs or [args.run]
+    results = [sample.generate(args, run, alone=len(runs) == 1) for run in runs]
+    for record, *_ in results:
+        name = f"{record['run']}/{record['checkpoint']}.pt"
+        print(f"{name}: {record['objective']}, step {record['step']:,}")
+    for row in range(args.num_samples):
+        print(f"----- {row + 1}")
+        play(results, row, sys.stdout.isatty())
+
+
+def main(argv=None):
+    return sample.told(watch, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 One thread a process, as the networks are so small that threads would only wait for each other.
 """
 
+import hashlib
 import itertools
+import json
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the commands that tests start
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
@@ -36,3 +39,13 @@ def any_order_losses(model, x):
                 seen[i] = x[i]
             losses.append(total / T)
     return torch.tensor(losses, dtype=torch.float64)
+
+
+def change_one_id(folder):
+    """Change one id of val in a prepared folder, and its hash in meta.json so that it fits."""
+    ids = np.fromfile(folder / "val.bin", dtype="<u2")
+    ids[5] = (ids[5] + 1) % 8
+    ids.tofile(folder / "val.bin")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["splits"]["val"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))

@@ -1,6 +1,5 @@
 """notebooks/probe.py: what it measures of a finished run, and that it measures the run it is asked for."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -15,6 +14,7 @@ import prepare
 import probe
 import sample
 import train
+from conftest import change_one_id
 from model import GPT, GPTConfig, UserError, evaluate, load_checkpoint, model_from_checkpoint, save_checkpoint
 from probe import chain_rule_nll
 
@@ -247,12 +247,7 @@ def test_data_that_has_changed_is_told_in_one_line(folder, tmp_path, capsys):
     run = copy(folder / "ar", tmp_path / "run", data=str(tmp_path / "data"))
     shutil.copytree(folder / "data", tmp_path / "data")
     assert lines(capsys, run, "--only=loss")
-    ids = np.fromfile(tmp_path / "data" / "val.bin", dtype="<u2")
-    ids[5] = (ids[5] + 1) % 8
-    ids.tofile(tmp_path / "data" / "val.bin")
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    meta["splits"]["val"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
-    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    change_one_id(tmp_path / "data")
     for flags in (["--only=loss"], ["--only=choice"], ["--only=orders", "--orders=1"]):
         fails(capsys, "is not the data", run, *flags)
     shutil.rmtree(tmp_path / "data")

@@ -1,6 +1,5 @@
 """The loop: the same batches for both objectives, exact resume, and the commands as a person runs them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import torch
 import prepare
 import sample
 import train
+from conftest import change_one_id
 from model import GPT, GPTConfig, UserError, evaluate, load_checkpoint, model_from_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -380,12 +380,7 @@ def test_a_change_of_the_held_out_text_alone_is_noticed_too(corpus, tmp_path):
     """Anything in the folder that a number rests on: here one id of val, with its hash made to fit."""
     shutil.copytree(corpus, tmp_path / "data")
     train.train(config(tmp_path / "data", epochs=0.5, out=str(tmp_path / "run")))
-    ids = np.fromfile(tmp_path / "data" / "val.bin", dtype="<u2")
-    ids[5] = (ids[5] + 1) % 8
-    ids.tofile(tmp_path / "data" / "val.bin")
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    meta["splits"]["val"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
-    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    change_one_id(tmp_path / "data")
     with pytest.raises(prepare.DataError, match="not the data"):
         train.train(*train.reopen(tmp_path / "run", {}))
 
