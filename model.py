@@ -21,6 +21,7 @@ objectives carry the tags [AR] and [DIFFUSION].
 import io
 import math
 import os
+import time
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -73,9 +74,10 @@ class GPTConfig:
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: what broadcasts with it."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D/2)."""
+    x1, x2 = x.chunk(2, dim=-1)  # (B, H, T, D/2)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # else bf16 would become float32, and attention turn it back
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class Attention(nn.Module):
@@ -139,7 +141,7 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         head = config.n_embd // config.n_head  # D
         frequency = config.rope_base ** (-torch.arange(0, head, 2) / head)  # (D/2,)
-        angle = torch.outer(torch.arange(config.block_size), frequency).repeat(1, 2)  # (T, D)
+        angle = torch.outer(torch.arange(config.block_size), frequency)  # (T, D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         for name, p in self.named_parameters():
@@ -181,7 +183,7 @@ class GPT(nn.Module):
         return self.diffusion_loss(x, noisy, mask, keep)  # [DIFFUSION]
 
     def rotation(self, start, T):
-        """cos and sin of the rotary angles of positions start..start+T-1, both (T, D)."""
+        """cos and sin of the rotary angles of positions start..start+T-1, both (T, D/2)."""
         return self.cos[start:start + T], self.sin[start:start + T]
 
     def hidden(self, idx, cache=None, keep=None):
@@ -192,7 +194,7 @@ class GPT(nn.Module):
         """
         start = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens in the cache
         cos, sin = self.rotation(start, idx.shape[1])
-        x = self.drop(self.embed(idx))  # (B, T, C)
+        x = self.drop(self.embed(idx.to(self.embed.weight.device)))  # (B, T, C); see sample.drawing_device
         for block, own_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, cos, sin, own_cache, keep if block is self.blocks[-1] else None)
         return self.norm(x)
@@ -276,7 +278,7 @@ def mask_k(k, T, generator):  # [DIFFUSION]
 
 
 @torch.no_grad()
-def evaluate(model, blocks, draws=2, seed=0, batch_size=64):
+def evaluate(model, blocks, draws=2, seed=0, batch_size=32):
     """The loss of blocks (N, T) in nats per token, and its standard error.
 
     AR: the exact -log p, error 0. Diffusion: an estimate of the bound from `draws` >= 2 mask draws a block.
@@ -341,6 +343,8 @@ def choose_device(name="auto", dtype="auto"):
         name, why = "cpu", f"PyTorch sees no GPU, {torch.get_num_threads()} threads"
         if torch.cuda.is_available():
             name, why = "cuda", "PyTorch sees a GPU"
+        elif torch.backends.mps.is_available() and processes()[1] == 1:  # it can not be shared by several
+            name, why = "mps", "PyTorch sees Apple's GPU"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -352,6 +356,33 @@ def choose_device(name="auto", dtype="auto"):
     if dtype == "auto":
         dtype = "bfloat16" if fast and fast() else "float32"
     return device, getattr(torch, dtype), f"device {device} ({why}), matrix products in {dtype}"
+
+
+def settle_threads(work, most):
+    """Set how many CPU threads to use, of most, most/2, ..., 1: the most that work() gains by.
+
+    Beside another program threads wait for each other: two can take 20 times as long as one. Their number
+    changes the last digits of results, and OMP_NUM_THREADS, where it is set, fixes it.
+    """
+    def seconds(threads):
+        """How long work() takes with so many threads, from at least 20 ms of it."""
+        torch.set_num_threads(threads)
+        start, calls, took = time.perf_counter(), 0, 0
+        while took < 0.02:
+            work()
+            calls, took = calls + 1, time.perf_counter() - start
+        return took / calls
+
+    threads = most
+    while threads > 1 and "OMP_NUM_THREADS" not in os.environ:
+        work()  # the first takes longer
+        half, tries = min(seconds(threads // 2) for _ in range(2)), []
+        while len(tries) < 3 and sum(tries) < 3 * half:  # more of them would be slower, however they end
+            tries.append(seconds(threads))
+        if sum(tries) < 0.95 * 3 * half:
+            break
+        threads //= 2
+    torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -439,7 +470,7 @@ def load_checkpoint(path):
 
 
 def model_from_checkpoint(state):
-    """The network of a checkpoint, ready to evaluate or sample."""
+    """The network of a checkpoint, ready to evaluate or sample: with averaged weights, where it has them."""
     model = make_model(state["config"])
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state.get("average", state["model"]))
     return model.eval()

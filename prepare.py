@@ -195,13 +195,16 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
         raise DataError(f"max_tokens is {max_tokens}: it must be at least 1")
     readers = {"sotu": read_sotu, "shakespeare": read_shakespeare, "c4": lambda: read_c4(max_tokens)}
     inputs = find_files(inputs)
-    documents = read_files(inputs) if inputs else readers[dataset]()
+    documents = list(read_files(inputs)) if inputs else readers[dataset]()
+    source = sorted(hashlib.sha256(text).hexdigest() for _, text in documents if text) if inputs else dataset
     dataset = f"input-{Path(inputs[0]).stem}" if inputs else dataset
     label = f"bpe{vocab_size}" if tokenizer == "bpe" else Path(tokenizer).name.split("-")[-1]
     folder = Path(os.path.expanduser(out or f"data/{dataset}-{label}"))
+    untrained = Tokenizer.train(tokenizer, ["a"], vocab_size)  # what is wrong shows now, not after a download
+    known = [source, untrained.spec, vocab_size * (tokenizer == "bpe"), max_tokens if source == "c4" else 0]
+    asked = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
-    with replacing(folder) as new:
-        Tokenizer.train(tokenizer, ["a"], vocab_size)  # what is wrong shows here, not after a long download
+    with replacing(folder, asked) as new:
         pieces = split(documents, balance=bool(inputs))
         if dataset != "c4":  # which is shuffled: in its own order a longer stream continues a shorter one
             pieces["train"].sort(key=lambda pair: hashlib.sha256(pair[1]).digest())
@@ -209,7 +212,7 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
         splits = {name: write_split(new / f"{name}.bin", coder, pieces[name],
                                     max_tokens if name == "train" else None) for name in SPLITS}
         del splits["train"]["document_starts"]  # shuffled passages start no document
-        meta = {"format": FORMAT, "version": VERSION, "dataset": dataset, "command": command,
+        meta = {"format": FORMAT, "version": VERSION, "dataset": dataset, "command": command, "asked": asked,
                 "dtype": coder.dtype.name, "splits": splits, "tokenizer": coder.spec}
         (new / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -218,8 +221,9 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
         print(f"{name:6}{got['documents']:8,} documents{got['tokens']:13,} tokens{got['bytes'] / total:8.1%}"
               f" of the bytes (aim {aim:.0%}){got['bytes'] / got['tokens']:7.2f} bytes per token")
         if n := got["dropped"].total():
-            print(f"{name}: left out {n:,} characters of {len(got['dropped'])} kinds not in the vocabulary",
-                  f"({n / (n + got['tokens']):.1%}), such as", *map(repr, list(got["dropped"])[:3]))
+            print(f"{name}: left out {n:,} unknown characters of {len(got['dropped']):,} kinds",
+                  f"({n / (n + got['tokens']):.1%}; bits per byte count 8 a byte), such as",
+                  *map(repr, list(got["dropped"])[:3]))
     ratio = splits["val"]["tokens"] / sum(len(text.decode()) for _, text in pieces["val"])
     if ratio > 1.1 and coder.kind != "char":
         print(f"A character takes {ratio:.1f} tokens: try --tokenizer=char or a larger --vocab_size")
@@ -246,7 +250,7 @@ def load(folder, sha256=None):
         raise DataError(f"cannot load {folder} ({error}): {remedy} or name another folder") from error
     data = Data(meta, tokenizer, splits)
     if sha256 not in (None, fingerprint(data)):
-        raise DataError(f"{folder} is not the data that this run was trained on: prepare that again")
+        raise DataError(f"{folder} is not the data of this run: name its folder by --data, or prepare it")
     return data
 
 
@@ -254,6 +258,19 @@ def fingerprint(data):
     """SHA-256 of a corpus, its tokenizer and its splits, as hexadecimal digits."""
     known = [data.meta["tokenizer"], [data.meta["splits"][name]["sha256"] for name in SPLITS]]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def scored_bytes(data, split, blocks):
+    """How many bytes of text held-out blocks (N, T) stand for: eval_bytes and eval_dropped of a run's config.
+
+    The second, a part of the first, are of characters that were left out, by their share of the split. In
+    bits per byte they cost 8 bits each: if they cost nothing, they would flatter a small vocabulary.
+    """
+    part = data.meta["splits"][split]
+    sizes = data.tokenizer.token_bytes()[np.asarray(blocks)]  # (N, T)
+    lost = sum(len(character.encode()) * n for character, n in part["dropped"].items())
+    dropped = round(lost * sizes.size / part["tokens"])
+    return {"eval_bytes": int(sizes.sum()) + dropped, "eval_dropped": dropped}
 
 
 def open_data(config):
@@ -365,13 +382,18 @@ def read_c4(max_tokens):
 
 
 @contextlib.contextmanager
-def replacing(folder):
+def replacing(folder, asked=None):
     """Yield a new folder, which takes folder's place if the body succeeds. OSErrors become DataErrors."""
     folder = Path(folder).resolve()
+    other = DataError(f"{folder} holds other data (see its meta.json). Keep both by "
+                      f"--out={shlex.quote(str(folder))}-2, or remove it first")
     try:
         there = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if there and there != {"meta.json", *(f"{name}.bin" for name in SPLITS)}:
             raise DataError(f"{folder} holds what prepare.py did not make: choose another --out")
+        meta = (folder / "meta.json").read_text("utf-8", "replace") if there else ""
+        if re.findall('"asked": "(.*)"', meta) not in ([], [asked]):  # a folder of an older version has none
+            raise other  # before the work, which would be lost
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder.parent) as temporary:
             new = Path(temporary, "new")
@@ -379,9 +401,8 @@ def replacing(folder):
             yield new
             if there:
                 metas = [(at / "meta.json").read_text("utf-8", "replace") for at in (folder, new)]
-                if len({re.sub('"(command|dataset)".*', "", meta) for meta in metas}) > 1:
-                    raise DataError(f"{folder} holds other data (see its meta.json). Keep both by "
-                                    f"--out={shlex.quote(str(folder))}-2, or remove it first")
+                if len({re.sub(r'"(asked|command|dataset)".*\s*', "", text) for text in metas}) > 1:
+                    raise other
                 folder.rename(Path(temporary, "old"))  # a kill just now loses it; its command makes it again
             new.rename(folder)
     except (EOFError, OSError) as error:

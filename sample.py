@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import UserError, choose_device, load_checkpoint, model_from_checkpoint, write_atomic
+from model import UserError, choose_device, load_checkpoint, model_from_checkpoint, settle_threads
+from model import write_atomic
 from prepare import EOT, DataError, Tokenizer
 
 
@@ -54,7 +55,7 @@ def sample_ar(model, ids, length, use_cache=True, eot=-1, **how):  # [AR]
         if unread is None or not use_cache:
             unread = F.pad(ids[:, begin:], (1, 0), value=V)  # (B, <= T): the start symbol and the text so far
             cache = [[] for _ in model.blocks] if use_cache else None
-        logits = model.head(model.hidden(unread, cache=cache)[:, -1])  # (B, V)
+        logits = model.head(model.hidden(unread, cache=cache)[:, -1]).to(ids.device)  # (B, V)
         unread = pick(logits, **how)[:, None]  # (B, 1): the cache has what is before it
         ids = torch.cat((ids, unread), dim=1)
     return ids, (torch.arange(ids.shape[1], device=ids.device) + 1 - P).clamp(min=0).expand(ids.shape)
@@ -85,7 +86,7 @@ def unmask(model, x, steps=0, order="random", temperature=1.0, generator=None, *
         if not chosen.any():
             continue  # nothing would change, so there is nothing to compute
         h = model.hidden(F.pad(x, (0, T - L), value=V))[:, :L]  # (B, L, C); it was trained on whole blocks
-        logits = model.head(h[chosen])  # (M, V)
+        logits = model.head(h[chosen.to(h.device)]).to(x.device)  # (M, V)
         drawn = pick(logits, temperature, generator=generator, **how)  # (M,)
         written = x.masked_scatter(chosen, drawn)  # (B, L)
         if order == "confidence":
@@ -144,8 +145,11 @@ COLOURS = {"ar": "#0072B2", "diffusion": "#D55E00"}  # blue and vermilion of Oka
 def header(c):
     """The config of a run in a few lines."""
     millions, share = c["parameters"] / 1e6, c["flops"] / c["critical_flops"]
+    weighs = f", masked tokens weigh min(1/t, {c['mask_weight']:g})" if c.get("mask_weight") else ""
     return (f"{c['objective']}, {millions:.2f}M parameters, {c['preset']} preset, seed {c['seed']}, "
             f"{c['optimizer']} lr {c['lr']:g}, weight decay {c['weight_decay']:g}, dropout {c['dropout']:g}\n"
+            f"training loss: {'-log p' if c['objective'] == 'ar' else 'the bound' + weighs}; "
+            f"scored: {'averaged weights (EMA)' if c.get('ema') else 'the weights'}\n"
             f"{c['unique_tokens']:,} unique tokens of {c['data']}, {c['epochs']:g} epochs, "
             f"{c['steps']:,} steps, {c['flops']:.2e} FLOPs\n{share:.2g} times the paper's critical compute "
             f"for this many tokens ({c['critical_flops']:.1e}, extrapolated)\n"
@@ -179,7 +183,7 @@ def take_weights(model, run, tokenizer):
         raise UserError(f"--init={run}: it has another tokenizer; prepare your text with its own, by "
                         f"python prepare.py --tokenizer={saved['config']['data']} --input FILE")
     try:
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(saved.get("average", saved["model"]))
     except RuntimeError:
         shape = " ".join(f"--{name}={saved['config'][name]}" for name in ("n_layer", "n_head", "n_embd"))
         raise UserError(f"--init={run}: its network has another shape, {shape}") from None
@@ -251,7 +255,7 @@ def draw_losses(ax, *logs):
     first, labels = {}, {}
     for log in logs:
         c, end, color = log[0]["config"], log[-1], COLOURS[log[0]["config"]["objective"]]
-        regularised = c["dropout"] > 0 or c.get("replace", 0) > 0 or c["weight_decay"] > 0.1
+        regularised = c["dropout"] > 0 or c.get("replace", 0) > 0 or c["weight_decay"] > 0.5
         ax.plot(*curve(log, "train_loss").T, ":", color=color, lw=1)
         ax.plot(*curve(log).T, "--" if regularised else "-", color=color, lw=1.8)
         label = "AR{} (exact)" if c["objective"] == "ar" else "diffusion{} (bound)"
@@ -269,9 +273,7 @@ def draw_losses(ax, *logs):
     if len(rates) == 1:  # else an epoch does not cost all of them the same
         rate = rates.pop()
         ax.secondary_xaxis("top", functions=(lambda e: e * rate, lambda f: f / rate)).set_xlabel("FLOPs")
-    best = min((best_of(log) for log in logs), key=lambda record: record["val_loss"])
-    if len(first) == 2:
-        best = best_of(first["ar"])
+    best = best_of(first["ar"]) if len(first) == 2 else min(map(best_of, logs), key=lambda r: r["val_loss"])
     ax.axhline(best["val_loss"], color=COLOURS[min(first)], lw=0.8, zorder=0)
     if len(first) == 1:
         ax.set_title(f"Lowest validation loss {best['val_loss']:.3f}, epoch {best['epoch']:.3g}", loc="left")
@@ -363,7 +365,7 @@ def parse(argv):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=text)
     parser.add_argument("--order", choices=("random", "confidence", "left"), help="of unmasking [random]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="[best]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     parser.add_argument("--json", action="store_true", help="print samples, settings and speed, one line")
     args = parser.parse_args(argv)
     for name, (_, _, low, high, _) in NUMBERS.items():
@@ -398,6 +400,24 @@ def find_checkpoint(run, name):
     raise UserError(f"{path}: no such checkpoint; found {found}")
 
 
+@contextlib.contextmanager
+def fitting_threads(model, B):
+    """The context of work on B texts at a time: as many CPU threads as are fastest, and then as before."""
+    threads, block = torch.get_num_threads(), torch.zeros(B, model.config.block_size, dtype=torch.long)
+    if model.embed.weight.device.type == "cpu":
+        with torch.no_grad():
+            settle_threads(lambda: model.logits(block), threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def drawing_device(device):
+    """Where to draw a text of a network on a device: there, or on the CPU if it has no float64, as mps."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def generate(args, run, alone=True):
     """Let a run write: what --json tells, tokenizer, ids and when; alone: refuse flags it has no use for."""
     path, device = find_checkpoint(run, args.checkpoint), choose_device(args.device)[0]
@@ -415,17 +435,19 @@ def generate(args, run, alone=True):
         ids, length = encode(tokenizer, text), args.length or 2 * model.config.block_size
         if len(ids) >= length:
             raise UserError(f"--length={length} leaves nothing to write after a prompt of {len(ids)} tokens")
-    ids = torch.as_tensor(ids, dtype=torch.long, device=device).repeat(args.num_samples, 1)  # (B, P)
+    home = drawing_device(device)
+    ids = torch.as_tensor(ids, dtype=torch.long, device=home).repeat(args.num_samples, 1)  # (B, P)
     how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-           "generator": torch.Generator(device).manual_seed(args.seed)}
+           "generator": torch.Generator(home).manual_seed(args.seed)}
     order, eot = "left" if ar else args.order or "random", tokenizer.eot if args.stop_at_eot else -1
-    began = time.perf_counter()
-    if ar:
-        ids, when = sample_ar(model, ids, length, eot=eot, **how)  # [AR]
-    else:
-        ids, when = sample_diffusion(model, ids, length, args.steps, order, eot=eot, **how)  # [DIFFUSION]
-    ids, when = ids.cpu(), when.cpu()  # this waits for a GPU
-    seconds = time.perf_counter() - began
+    with fitting_threads(model, args.num_samples):
+        began = time.perf_counter()
+        if ar:
+            ids, when = sample_ar(model, ids, length, eot=eot, **how)  # [AR]
+        else:
+            ids, when = sample_diffusion(model, ids, length, args.steps, order, eot=eot, **how)  # [DIFFUSION]
+        ids, when = ids.cpu(), when.cpu()  # this waits for a GPU
+        seconds = time.perf_counter() - began
     record = vars(args) | {"run": str(path.parent), "checkpoint": path.stem, "order": order,
         "objective": model.config.objective, "length": max(length, ids.shape[1]),
         "parameters": model.num_params(), "step": saved["state"]["step"], "seconds": seconds,

@@ -4,9 +4,9 @@
     python train.py --objective=ar --epochs=100
 
 Everything random is a function of the seed and of where the run is: the order of an epoch of (seed, epoch),
-masks of (seed, step), dropout of (seed, step, process). So there is no random state to save: a resumed run is
-the run that was never interrupted, and both objectives start from the same weights and meet the same batches
-in the same order.
+masks of (seed, step), dropout of (seed, step, process). So there is no random state to save: with the same
+number of threads a resumed run is the run that was never interrupted, and both objectives start from the same
+weights and meet the same batches in the same order.
 """
 
 import argparse
@@ -34,10 +34,11 @@ import prepare
 import sample
 from model import UserError, choose_device, evaluate, join_processes, load_checkpoint, make_model
 from model import make_optimizers, mask_k, model_from_checkpoint, precision, processes, save_checkpoint
-from model import uniform_k, write_atomic
+from model import settle_threads, uniform_k, write_atomic
 from prepare import open_data
 
 SAVE_SECONDS = 600  # the longest a single process goes without saving
+SETTLE_SECONDS = 20  # until it looks again how many threads of the CPU are the fastest
 FLAGS = {
     # name: (type, laptop, gpu, what is allowed: the choices or the least value, help)
     "objective": (str, "diffusion", "diffusion", ("ar", "diffusion"), "to predict next or masked tokens"),
@@ -53,21 +54,23 @@ FLAGS = {
     "batch_size": (int, 16, 64, 2, "B, blocks per step; even, as masks are drawn in pairs"),
     "optimizer": (str, "muon", "muon", ("adamw", "muon"), "muon: matrices by it, the rest by adamw"),
     "lr": (float, 2e-3, 2e-3, 1e-9, "peak learning rate, after 1 % of the steps; then a cosine to a tenth"),
-    "weight_decay": (float, 0.1, 0.1, 0, "decoupled, on the matrices and the embedding"),
+    "weight_decay": (float, 0.5, 0.5, 0, "decoupled, on the matrices and the embedding"),
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
     "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
+    "mask_weight": (float, 1.5, 1.5, 0, "G: in training a masked token weighs min(1/t, G); 0: just 1/t"),
+    "ema": (float, 0.2, 0.2, 0, "EMA of the weights, over about this share of the steps so far; 0: none"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, ..."),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all"),
     "final_draws": (int, 24, 8, 2, "mask draws a block after the last step (diffusion); before it, 2"),
     "split": (str, "val", "val", ("val", "tune"), "held-out split: val to report, tune to choose settings"),
-    "device": (str, "auto", "auto", None, "auto, cpu, cuda, cuda:1, ..."),
+    "device": (str, "auto", "auto", None, "auto, cpu, cuda, cuda:1, mps, ..."),
     "dtype": (str, "auto", "auto", ("auto", "float32", "bfloat16"), "of matrix products, not of weights"),
     "compile": (bool, False, True, None, "run through torch.compile"),
     "init": (str, "", "", None, "begin with the weights (best.pt) of the run in this directory"),
     "out": (str, "", "", None, "run directory; default: a new one under out/"),
 }
 # What a run did that is older than a flag. A new flag gets its line here, so that older runs can be resumed.
-BEFORE = {"batch": "get_batch", "replace": 0.0, "final_draws": 24, "init": ""}
+BEFORE = {"batch": "get_batch", "replace": 0.0, "final_draws": 24, "init": "", "mask_weight": 0.0, "ema": 0.0}
 
 
 def derive(seed, purpose, *index):
@@ -92,14 +95,21 @@ def batch_starts(seed, step, U, T, B):
     return np.array([epoch_order(seed, i // n, U, T)[i % n] for i in range(step * B, (step + 1) * B)])
 
 
-def draw_mask(B, T, generator):  # [DIFFUSION]
+def draw_mask(B, T, generator, clip=0.0):  # [DIFFUSION]
     """Training masks of B blocks, (B, T) bool, and the weight of each in the loss that is descended, (B,).
 
-    The loss of a block is the mean over its k masked tokens, so k uniform on 1..T with weight 1 is the bound.
-    k with probability P(k) and weight 1 / (T P(k)) is the same bound. Whatever stands here: the train_loss of
-    the log has no weights, and evaluate draws its own masks, so that val_loss stays the bound.
+    The loss of a block is the mean over its k masked tokens, so k uniform on 1..T with weight 1 is the bound:
+    with t = k/T a token weighs 1/t. Few masks make few tokens count for much, and the gradient noisy; so
+    min(1/t, clip) learns sooner. (k with probability P(k) and weight 1 / (T P(k)) would be the bound again.)
+    Whatever stands here: the train_loss of the log has no weights, and evaluate draws its own masks.
     """
-    return mask_k(uniform_k(B, T, generator), T, generator), torch.ones(B)
+    k = uniform_k(B, T, generator)
+    return mask_k(k, T, generator), clipped(k, T, clip)
+
+
+def clipped(k, T, clip):  # [DIFFUSION]
+    """The weights (B,) of blocks with k (B,) masked tokens: min(1/t, clip) / (1/t), or 1 where clip is 0."""
+    return (clip * k / T).clamp(max=1) if clip else torch.ones(len(k))
 
 
 def get_batch(config, tokens, step, rows=slice(None)):
@@ -115,7 +125,7 @@ def get_batch(config, tokens, step, rows=slice(None)):
         inputs["noisy"] = replace_tokens(config, x, step, rows)
     if config["objective"] == "diffusion":
         generator = torch.Generator().manual_seed(derive(seed, "mask", step))
-        mask, weight = draw_mask(B, T, generator)  # [DIFFUSION]
+        mask, weight = draw_mask(B, T, generator, config["mask_weight"])  # [DIFFUSION]
         if weight.shape != (B,):
             raise ValueError(f"draw_mask gave a weight of shape {tuple(weight.shape)}, it takes ({B},)")
         keep = mask[rows].flatten().nonzero().squeeze(1)  # (M,), on the CPU: a GPU would have to wait
@@ -155,6 +165,13 @@ def descend(optimizers, lr):
         optimizer.zero_grad()
 
 
+@torch.no_grad()
+def update_average(average, model, rate):
+    """Move the weights of average towards those of model by rate (EMA, exponential moving average)."""
+    for a, p in zip(average.parameters(), model.parameters(), strict=True):
+        a.lerp_(p, rate)
+
+
 def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     """Run what make_config describes, or go on from a saved checkpoint; return the log, a list of records.
 
@@ -176,7 +193,7 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     due = evaluation_steps(config)
 
     with Run(config, saved, model, optimizers, data.tokenizer, blocks, device_line) as run:
-        network = accelerate(model, get_batch(config, tokens, 0, rows)[0], config["compile"], dtype)
+        network = run.accelerate(get_batch(config, tokens, 0, rows)[0], dtype)
         for step in range(run.step, config["steps"]):
             inputs, weight = get_batch(config, tokens, step, rows)
             torch.manual_seed(derive(config["seed"], "dropout", step, rank))
@@ -185,6 +202,8 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
             (weight * loss).mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             descend(optimizers, learning_rate(step, config["steps"], config["lr"]))
+            if config["ema"]:
+                update_average(run.scored, model, 1 / (1 + config["ema"] * step))
             run.count(loss.detach().mean(), norm)
             if run.step in due:
                 run.evaluate()  # and log
@@ -220,8 +239,9 @@ def make_config(preset=None, **given):
             raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
     if config["batch_size"] % 2:
         raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
-    if config["replace"] > 1:
-        raise UserError(f"--replace={config['replace']}: it is a share of the tokens, at most 1")
+    for name, whole in (("replace", "tokens"), ("ema", "steps so far, not a decay")):
+        if config[name] > 1:
+            raise UserError(f"--{name}={config[name]}: it is a share of the {whole}, at most 1")
     return {"preset": preset} | config
 
 
@@ -240,7 +260,7 @@ def describe(config, data, tokens, blocks, model, dtype="auto", get_batch=get_ba
         "parameters": N, "steps": steps, "flops": 6 * N * steps * B * T,
         "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,  # C_crit(U), fitted in arXiv 2507.15857
         "eval_tokens": blocks.numel(),
-        "eval_bytes": int(data.tokenizer.token_bytes()[blocks.numpy()].sum()),
+        **prepare.scored_bytes(data, config["split"], blocks),
         "unigram_entropy": torch.special.entr(p).sum().item(), "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "numpy": np.__version__}}
@@ -308,17 +328,23 @@ class Run:
     def __init__(self, config, saved, model, optimizers, tokenizer, blocks, device_line):
         self.config, self.out, self.saved = config, Path(config["out"]), saved
         self.model, self.optimizers, self.tokenizer, self.blocks = model, optimizers, tokenizer, blocks
-        self.scored = model  # what is evaluated and kept as the best: put an average of the weights here
+        self.scored = model  # what is evaluated and kept as best
+        if config["ema"]:
+            self.scored = make_model(config).to(model.embed.weight.device)
+            self.scored.load_state_dict(model.state_dict())
         self.state = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0}
         self.log, self.device_line = [{"config": config}], device_line
         if saved:
             saved = copy.deepcopy(saved)  # the caller's may serve again
             self.state, self.log = saved["state"], self.log + saved["records"]
             model.load_state_dict(saved["model"])
+            if config["ema"]:
+                self.scored.load_state_dict(saved["average"])
             for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
         self.step, self.device, self.losses = self.state["step"], model.embed.weight.device, []
         self.norm = torch.tensor(0.0)  # of the last gradient
+        self.threads, self.settle_at = torch.get_num_threads(), math.inf  # of the CPU, at most
         self.rank, self.world = processes()
         self.per_step = config["batch_size"] * config["block_size"]  # tokens
         self.lock = filelock.FileLock(self.out / ".lock")
@@ -352,11 +378,34 @@ class Run:
     def __exit__(self, error, *_):
         self.bar.close()
         self.lock.release()
+        torch.set_num_threads(self.threads)
         if not self.rank and not error:
             told = sample.conclude(self.log)
             say(told)
             if "final_loss" not in self.log[-1] and not sys.stdout.isatty():  # how to go on, where it is seen
                 print(told, file=sys.stderr)
+
+    def accelerate(self, inputs, dtype):
+        """What the loop calls: see the function accelerate. inputs: a batch to try it on, see settle."""
+        def work():
+            """A step without its end, which changes no weight."""
+            with precision(self.device, dtype):
+                network(**inputs).mean().backward()
+            self.model.zero_grad()
+
+        network, self.work = accelerate(self.model, inputs, self.config["compile"], dtype), work
+        if self.device.type == "cpu" and self.world == 1 and network is self.model:
+            self.settle()
+        return network
+
+    def settle(self):
+        """Choose the number of CPU threads anew, by what a step takes now: other programs come and go."""
+        threads, start = torch.get_num_threads(), time.perf_counter()
+        settle_threads(self.work, self.threads)
+        took = time.perf_counter() - start  # on a busy machine long: then not so often
+        self.settle_at = start + max(SETTLE_SECONDS, 20 * took)
+        if torch.get_num_threads() != threads:
+            say(f"step {self.step}: {torch.get_num_threads()} of {self.threads} threads are the fastest now")
 
     def count(self, loss, norm):
         """Count a step, its mean loss and the norm of its gradient."""
@@ -367,6 +416,8 @@ class Run:
         self.norm = norm
         self.step += 1
         self.bar.update(self.per_step)
+        if time.perf_counter() > self.settle_at:
+            self.settle()
         self.looking = self.device.type == "cpu" or self.step % 50 == 0  # a GPU has to wait for a number
         if self.looking:
             self.demand_finite(loss=loss.item(), gradient_norm=norm.item())
@@ -397,15 +448,19 @@ class Run:
         epoch = seen / (c["unique_tokens"] // c["block_size"] * c["block_size"])
         record = {"epoch": epoch, "step": self.step, "tokens": seen, "flops": 6 * c["parameters"] * seen,
                   "train_loss": train_loss, **score(c, self.scored, self.blocks, prefix="val_"),
-                  "lr": self.optimizers[0].param_groups[0]["lr"]}
+                  "lr": self.optimizers[0].param_groups[0]["lr"], "threads": torch.get_num_threads()}
         self.demand_finite(train_loss=train_loss, val_loss=record["val_loss"])
         self.log.append(record)
-        if record is min(self.log[1:], key=lambda r: r["val_loss"]):
+        lowest = record is sample.best_of(self.log)
+        if lowest:
             self.save("best.pt")
         if self.step == c["steps"]:  # the last and the best network once more, alike, with more mask draws
-            best = model_from_checkpoint(load_checkpoint(self.out / "best.pt")).to(self.device)
-            record |= score(c, self.scored, self.blocks, c["final_draws"], "final_")
-            record |= score(c, best, self.blocks, c["final_draws"], "best_")
+            final = best = score(c, self.scored, self.blocks, c["final_draws"])
+            if not lowest:
+                network = model_from_checkpoint(load_checkpoint(self.out / "best.pt")).to(self.device)
+                best = score(c, network, self.blocks, c["final_draws"])
+            record |= {f"{name}_{key}": value for name, scores in (("final", final), ("best", best))
+                       for key, value in scores.items()}
         record["seconds"] = round(time.perf_counter() - self.started, 1)
         left = record["seconds"] * (c["steps"] / self.step - 1) / 60
         say(f"epoch {epoch:7.2f}  train {train_loss:.3f}  {sample.show(record, c)}  {left:.1f} min left")
@@ -434,6 +489,8 @@ class Run:
                    "records": self.log[1:], "model": self.scored.state_dict()}
         if name == "last.pt":  # from which the run can go on
             content["model"] = self.model.state_dict()
+            if self.scored is not self.model:
+                content["average"] = self.scored.state_dict()
             content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         save_checkpoint(self.out / name, content)
         lines = "".join(json.dumps(record) + "\n" for record in self.log)
@@ -445,8 +502,8 @@ def score(config, model, blocks, draws=2, prefix=""):
     """The held-out loss of a model as a dict: loss in nats per token, its stderr, bpb: bits per byte."""
     with precision(model.embed.weight.device, getattr(torch, config["dtype"])):
         loss, stderr = evaluate(model, blocks, draws)
-    bits = loss * config["eval_tokens"] / config["eval_bytes"] / math.log(2)
-    return {f"{prefix}loss": loss, f"{prefix}stderr": stderr, f"{prefix}bpb": bits}
+    bits = loss * config["eval_tokens"] / math.log(2) + 8 * config.get("eval_dropped", 0)
+    return {f"{prefix}loss": loss, f"{prefix}stderr": stderr, f"{prefix}bpb": bits / config["eval_bytes"]}
 
 
 def accelerate(model, inputs, compile, dtype):

@@ -16,6 +16,8 @@ It prints a line of JSON for each checkpoint; where the last network is the best
   memorised_held_out  training text; that of the held-out text: the level of a writer who memorises nothing
   left                --orders=K: -log p in nats of each of 64 held-out blocks of block_size tokens from left
   orders, averaged    to right; diffusion: in each of K random orders; AR with dropout: see mixture()
+  mask_rate           --only=rates, diffusion: shares of masked tokens, and at each of them the loss of the
+  training, held_out  masked tokens of training text and of held-out text, nats per token
 """
 
 import argparse
@@ -36,21 +38,21 @@ from numpy.lib.stride_tricks import sliding_window_view  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from model import UserError, choose_device, load_checkpoint  # noqa: E402
+from model import UserError, block_losses, choose_device, load_checkpoint, mask_k  # noqa: E402
 from model import model_from_checkpoint, precision  # noqa: E402
-from prepare import open_data  # noqa: E402
-from sample import sample_ar, sample_diffusion, told  # noqa: E402
+from prepare import open_data, scored_bytes  # noqa: E402
+from sample import drawing_device, sample_ar, sample_diffusion, told  # noqa: E402
 
 
-def open_checkpoint(run, checkpoint="best", split=None, device=None, **other):
+def open_checkpoint(run, checkpoint="best", **other):
     """A checkpoint of a run with what it takes to measure it, as a namespace.
 
     It has run, checkpoint, step, config, model, data, training tokens (U,), held-out blocks (N, T) and
-    context() to score in. split, device, other: settings in place of its own. Raises UserError or DataError.
+    context() to score in. other: settings in place of the run's own, such as split, device and data (the folder
+    where its data lie now); None: its own. Raises UserError or DataError, also if that is other data.
     """
     saved = load_checkpoint(Path(run) / f"{checkpoint}.pt")
-    other |= {name: value for name, value in (("split", split), ("device", device)) if value}
-    config = train.as_of_now(saved["config"]) | other
+    config = train.as_of_now(saved["config"]) | {name: value for name, value in other.items() if value is not None}
     device, dtype, _ = choose_device(config["device"], config["dtype"])
     data, tokens, blocks = open_data(config)
     return SimpleNamespace(run=str(run), checkpoint=checkpoint, step=saved["state"]["step"], config=config,
@@ -60,7 +62,7 @@ def open_checkpoint(run, checkpoint="best", split=None, device=None, **other):
 
 @torch.no_grad()
 def conditional_nll(model, x, target, rank=None):
-    """-log p(target tokens | the other tokens) in nats, (B,), by the chain rule over the targets.
+    """-log p(target tokens | the other tokens) in nats, (B,) on the CPU, by the chain rule over the targets.
 
     x: (B, T) token ids; target: (B, T) bool. Diffusion: any positions, one forward pass for each target, from
     left to right; rank (B, T), 0 at the first target of a row, 1 at the second, ..., is another order of
@@ -72,13 +74,14 @@ def conditional_nll(model, x, target, rank=None):
             raise ValueError("an AR model conditions on the past alone: the target must end the block")
         past = F.pad(x[:, :-1], (1, 0), value=V)  # [AR]
         nll = F.cross_entropy(model.logits(past).transpose(1, 2), x, reduction="none")  # (B, T)
-        return (nll.double() * target).sum(1)
+        return (nll.cpu().double() * target.cpu()).sum(1)  # on the CPU: not every device has float64
     rank = target.long().cumsum(1) - 1 if rank is None else rank  # (B, T)
-    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    total = torch.zeros(len(x), dtype=torch.float64)
     for j in range(int(target.sum(1).max())):  # [DIFFUSION] from the j-th on targets are masked
         now = (target & (rank == j)).flatten().nonzero().squeeze(1)  # (M,) of rows that have a j-th target
         h = model.hidden(x.masked_fill(target & (rank >= j), V), keep=now)  # (M, C)
-        total[now // T] += F.cross_entropy(model.head(h), x.flatten()[now], reduction="none").double()
+        nll = F.cross_entropy(model.head(h), x.flatten()[now], reduction="none")  # (M,)
+        total[(now // T).cpu()] += nll.cpu().double()
     return total
 
 
@@ -99,8 +102,8 @@ def bar(parts, name):
 def score_again(opened):
     """The held-out loss of an open checkpoint, as after the last step of its run: a dict, see above."""
     blocks, draws = opened.blocks, opened.config["final_draws"]
-    text = opened.data.tokenizer.token_bytes()[blocks.numpy()].sum()  # in bytes, of this split
-    config = opened.config | {"eval_tokens": blocks.numel(), "eval_bytes": int(text)}
+    config = opened.config | {"eval_tokens": blocks.numel()}
+    config |= scored_bytes(opened.data, config["split"], blocks)
     result = train.score(config, opened.model, blocks, draws)
     if opened.config["objective"] == "diffusion":
         device = opened.model.embed.weight.device
@@ -147,7 +150,7 @@ def multiple_choice(model, asked):
     target = torch.arange(T, device=device) >= T - T // 4
     scores = []
     for x in bar(torch.from_numpy(asked).flatten(0, 1).split(256), "multiple choice"):
-        scores.append(conditional_nll(model, x.to(device), target.expand(len(x), T)).cpu())
+        scores.append(conditional_nll(model, x.to(device), target.expand(len(x), T)))
     right = (torch.cat(scores).view(-1, 4).argmin(1) == 0).double().mean().item()
     variance = max(right * (1 - right), 1 / len(asked))
     return right, 1.96 * math.sqrt(variance / len(asked))
@@ -162,14 +165,14 @@ def memorised(ids, training, n=8):
 
 def write(model, B=64, seed=1):
     """B samples of two blocks each, (B, 2T) ids: the texts of sample.py --num_samples=B --seed=SEED."""
-    device = model.embed.weight.device
+    device = drawing_device(model.embed.weight.device)
     nothing = torch.empty(B, 0, dtype=torch.long, device=device)
     writer = sample_ar if model.config.objective == "ar" else sample_diffusion
     generator = torch.Generator(device).manual_seed(seed)
     return writer(model, nothing, 2 * model.config.block_size, generator=generator)[0].cpu().numpy()
 
 
-def mixture(run, K, split=None, N=64, checkpoint="best", device=None):
+def mixture(run, K, split=None, N=64, checkpoint="best", **other):
     """-log p in nats of each of N held-out blocks: from left to right, and in K random orders.
 
     To unmask tokens one by one in a random order, as the exact sampler does in a text of one block, is to
@@ -177,9 +180,9 @@ def mixture(run, K, split=None, N=64, checkpoint="best", device=None):
     -log p, the bound; with K of the orders it still comes out too high. An AR network knows one order only.
     One trained with dropout is scored once more, with the mean of its predictions over K dropout masks (arXiv
     1506.02142): averaged. Returns a dict: split, block_size, left (N numbers), orders (K lists of N; none for
-    AR), averaged (N numbers, or none). Raises UserError or DataError.
+    AR), averaged (N numbers, or none). other, and what it raises: as in open_checkpoint.
     """
-    opened = open_checkpoint(run, checkpoint, split, device, eval_blocks=N)
+    opened = open_checkpoint(run, checkpoint, split=split, eval_blocks=N, **other)
     model, blocks, ar = opened.model, opened.blocks, opened.config["objective"] == "ar"
     rng, device = np.random.default_rng(1), model.embed.weight.device
     left_to_right = np.indices(blocks.shape)[1]  # (N, T): 0 for the token that is unmasked first, and so on
@@ -203,7 +206,32 @@ def mixture(run, K, split=None, N=64, checkpoint="best", device=None):
             "averaged": averaged}
 
 
-MEASURES = ("loss", "choice", "memorised", "orders")
+def mask_rates(opened, bins=8, draws=8):
+    """Diffusion's loss by the share t of tokens that are masked, as a dict of lists of min(bins, T) numbers.
+
+    mask_rate: the middle of each bin of t; training, held_out: the mean loss of masked tokens there, in nats
+    per token, of as many training blocks as there are held-out ones, if there are so many. The mean over the
+    bins is the bound of that text, where their number divides T.
+    """
+    if opened.config["objective"] == "ar":
+        raise UserError(f"{opened.run}: an AR model has no mask rates")
+    T, model = opened.blocks.shape[1], opened.model
+    bins = min(bins, T)
+    rates = (torch.arange(bins) + 0.5) / bins
+    training = opened.tokens[:len(opened.tokens) // T * T].view(-1, T)[:len(opened.blocks)]
+    result = {"mask_rate": rates.tolist()}
+    for name, blocks in (("training", training), ("held_out", opened.blocks)):
+        generator, blocks = torch.Generator().manual_seed(0), blocks.repeat(draws, 1)
+        losses = []
+        for i in range(bins):
+            k = torch.randint(i * T // bins + 1, (i + 1) * T // bins + 1, (len(blocks),), generator=generator)
+            with opened.context(), torch.no_grad():
+                losses.append(block_losses(model, blocks, mask_k(k, T, generator), 32).mean().item())
+        result[name] = losses
+    return result
+
+
+MEASURES = ("loss", "choice", "memorised", "orders", "rates")
 
 
 def measure(opened, what, K):
@@ -219,8 +247,11 @@ def measure(opened, what, K):
         elif name == "memorised":
             row["memorised"] = memorised(write(model), opened.tokens)
             row["memorised_held_out"] = memorised(data.splits[split][None], opened.tokens)
+        elif name == "rates":
+            row |= mask_rates(opened)
         else:
-            row |= mixture(opened.run, K, split, checkpoint=opened.checkpoint, device=opened.config["device"])
+            other = {name: opened.config[name] for name in ("device", "data")}
+            row |= mixture(opened.run, K, split, checkpoint=opened.checkpoint, **other)
     return row
 
 
@@ -234,6 +265,7 @@ def print_measures(argv=None):
     parser.add_argument("--only", choices=MEASURES, action="append", help="measure this alone; repeatable")
     parser.add_argument("--orders", metavar="K", type=int, default=0, help="orders; AR: dropout masks [0]")
     parser.add_argument("--device", help="auto, cpu, cuda, ... [the run's own]")
+    parser.add_argument("--data", metavar="FOLDER", help="where the data of the runs lie now [where they lay then]")
     args = parser.parse_args(argv)
     what = args.only or [*MEASURES][:4 if args.orders else 3]
     if args.orders < 0 or ("orders" in what) != (args.orders > 0):
@@ -243,7 +275,7 @@ def print_measures(argv=None):
         step = None
         for name in [args.checkpoint] if args.checkpoint else ["best", "last"]:
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for JSON
-                opened = open_checkpoint(run, name, args.split, args.device)
+                opened = open_checkpoint(run, name, split=args.split, device=args.device, data=args.data)
                 if opened.step == step:
                     continue  # the last network is the best
                 step = opened.step

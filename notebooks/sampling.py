@@ -105,6 +105,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ar", type=Path, default=Path("out/ar"), help="run directory of an AR run [out/ar]")
     parser.add_argument("--diffusion", type=Path, default=Path("out/diffusion"), help="... [out/diffusion]")
+    parser.add_argument("--data", help="folder where the data of the runs lie now [where they lay then]")
     parser.add_argument("--count", type=int, default=64, help="samples of every kind [64]")
     parser.add_argument("--seed", type=int, default=1, help="[1]")
     parser.add_argument("--json", type=Path, default=RESULT, help="[notebooks/results/sampling.json]")
@@ -119,7 +120,7 @@ def main(argv=None):
         same = ("data_sha256", "block_size", "unique_tokens", "split")
         if any(configs["ar"][name] != c[name] for name in same):
             raise UserError(f"the two runs can not be compared, they differ in one of {', '.join(same)}")
-        data, T = load(ROOT / c["data"]), c["block_size"]
+        data, T = load(args.data or ROOT / c["data"], c["data_sha256"]), c["block_size"]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -132,7 +133,8 @@ def main(argv=None):
     runs = {name: {"step": saved[name]["state"]["step"]} | {key: config[key] for key in told}
             for name, config in configs.items()}
     command = shlex.join(["python", "notebooks/sampling.py", f"--ar={args.ar}",
-                          f"--diffusion={args.diffusion}", f"--count={args.count}", f"--seed={args.seed}"])
+                          f"--diffusion={args.diffusion}", f"--count={args.count}", f"--seed={args.seed}",
+                          *([f"--data={args.data}"] if args.data else [])])
     result = {"command": command, "seed": args.seed, "temperature": 1.0, "checkpoint": "best",
               "threads": torch.get_num_threads(), "runs": runs, "rows": rows,
               "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}

@@ -75,7 +75,7 @@ class PermutedGPT(GPT):
     def rotation(self, start, T):
         if self.position is None:
             return super().rotation(start, T)
-        return self.cos[self.position][:, None], self.sin[self.position][:, None]  # (B, 1, T, D): for all heads
+        return self.cos[self.position][:, None], self.sin[self.position][:, None]  # (B, 1, T, D/2): for all heads
 
 
 def permuted(config):
@@ -100,7 +100,8 @@ def masks(M):
             generator = torch.Generator().manual_seed(train.derive(seed, "fixed", epoch))
             drawn[epoch] = mask_k(uniform_k(n, T, generator), T, generator)  # (n, T)
         mask = torch.stack([drawn[i // n % (M or sys.maxsize)][b] for i, b in zip(places, block, strict=True)])
-        return {"x": x, "mask": mask.to(x.device)}, torch.ones(len(x), device=x.device)
+        weight = train.clipped(mask.sum(1), T, config["mask_weight"])
+        return {"x": x, "mask": mask.to(x.device)}, weight.to(x.device)
     batch.__name__ = f"masks({M})"
     return batch
 

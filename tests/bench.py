@@ -27,6 +27,7 @@ for every position, windows copied from a memory map at random places, AdamW wit
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import UserError, choose_device, evaluate, make_model, make_optimizers, precision  # noqa: E402
 from sample import sample_ar, sample_diffusion  # noqa: E402
-from train import accelerate, descend, get_batch, make_config  # noqa: E402
+from train import accelerate, descend, get_batch, make_config, update_average  # noqa: E402
 
 SHAPES = {  # name: (device kind, n_layer, n_head, n_embd, block_size T, batch_size B, vocab_size V)
     "laptop": ("cpu", 4, 2, 128, 128, 16, 512),
@@ -129,6 +130,7 @@ def our_step(c, device, dtype, optimizer, fuse):
     tokens = torch.randint(c["vocab_size"], (UNIQUE,), device=device)
     optimizers = make_optimizers(model, optimizer, 1e-3, c["weight_decay"])
     network = accelerate(model, get_batch(c, tokens, 0)[0], fuse, dtype)
+    average = copy.deepcopy(model)
     loss_sum, done = torch.tensor(0.0, dtype=torch.float64, device=device), 0
 
     def step():
@@ -139,6 +141,7 @@ def our_step(c, device, dtype, optimizer, fuse):
         (weight * loss).mean().backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         descend(optimizers, 1e-3)
+        update_average(average, model, 0.01)
         loss = loss.detach().mean()
         if device.type == "cpu":
             loss.item(), norm.item()
@@ -350,6 +353,8 @@ def main(argv=None):
     started = time.perf_counter()
     try:
         device, best, device_line = choose_device(args.device)
+        if device.type == "mps":
+            raise UserError("--device=mps: neither its memory nor its time is measured here; take --device=cpu")
         shapes = args.shapes.split(",") if args.shapes else [s for s in SHAPES if SHAPES[s][0] == device.type]
         if unknown := [s for s in shapes if s not in SHAPES]:
             raise UserError(f"--shapes={unknown[0]}: choose among {', '.join(SHAPES)}")

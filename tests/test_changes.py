@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import prepare
 import train
@@ -29,14 +28,14 @@ def corpus(tmp_path_factory):
 def run(corpus, out, **given):
     """A short run; its log."""
     small = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "unique_tokens": 1024,
-             "eval_blocks": 32, "epochs": 10.0, "lr": 0.01, "dtype": "float32", "device": "cpu"}
+             "eval_blocks": 32, "epochs": 10.0, "lr": 0.01, "dtype": "float32", "device": "cpu", "ema": 0.0}
     return train.train(train.make_config("laptop", **(small | {"data": str(corpus), "out": str(out)} | given)))
 
 
 # ----- another training loss, another mask schedule: train.draw_mask
 
 
-def papers_masks(B, T, generator):
+def papers_masks(B, T, generator, clip=0):
     """The paper's loss: t ~ U(0, 1), every token masked with probability t, the sum over the masked times 1/(t T).
 
     GPT.forward gives the mean over the k masked tokens, so that the weight of a block is k/(t T).
@@ -46,7 +45,7 @@ def papers_masks(B, T, generator):
     return mask, mask.sum(1) / (t * T)
 
 
-def cosine_masks(B, T, generator):
+def cosine_masks(B, T, generator, clip=0):
     """Masked shares cos(pi s / 2) for s ~ U(0, 1), rounded up to k of T, and the weight 1 / (T P(k)): the bound."""
     def below(k):  # the probability of at most k
         return 1 - 2 / math.pi * torch.arccos(k / T)
@@ -56,7 +55,7 @@ def cosine_masks(B, T, generator):
     return mask_k(k, T, generator), 1 / (T * (below(k) - below(k - 1)))
 
 
-def only_few_masks(B, T, generator):
+def only_few_masks(B, T, generator, clip=0):
     """No bound at all: one masked token a block."""
     return mask_k(torch.ones(B), T, generator), torch.ones(B)
 
@@ -78,7 +77,7 @@ def test_a_schedule_with_its_right_weight_descends_the_same_bound(schedule):
 def test_the_weight_is_what_is_descended(corpus, tmp_path, monkeypatch):
     """Blocks of weight 0 teach nothing: the run is that in which the others count twice, and as if they were alone."""
     def half(weights):
-        def draw(B, T, generator):
+        def draw(B, T, generator, clip):
             mask, _ = bound(B, T, generator)
             return mask, weights * torch.tensor([1.0, 0.0]).repeat(B // 2)
         return draw
@@ -95,7 +94,7 @@ def test_the_weight_is_what_is_descended(corpus, tmp_path, monkeypatch):
 
 
 def test_a_weight_that_is_not_one_a_block_is_refused(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "draw_mask", lambda B, T, g: (mask_k(torch.ones(B), T, g), torch.ones(B, B)))
+    monkeypatch.setattr(train, "draw_mask", lambda B, T, g, clip: (mask_k(torch.ones(B), T, g), torch.ones(B, B)))
     with pytest.raises(ValueError, match=r"\(8, 8\), it takes \(8,\)"):
         run(corpus, tmp_path / "run")
 
@@ -147,8 +146,8 @@ def test_learned_positions_are_trained(corpus, tmp_path, monkeypatch, optimizer)
     monkeypatch.setattr(train, "make_model", learned)  # in your own copy: the class GPT of model.py itself
     monkeypatch.setattr("model.make_model", learned)
     torch.manual_seed(0)
-    log = run(corpus, tmp_path / "run", optimizer=optimizer, epochs=20.0, objective="ar")
-    saved = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    log = run(corpus, tmp_path / "run", optimizer=optimizer, epochs=20.0, objective="ar", ema=0.2)
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")["average"]
     assert saved["positions.weight"].abs().max() > 0.1  # it began with 0.02
     assert log[-1]["val_loss"] < 0.9 * log[0]["config"]["unigram_entropy"]
     model = learned(log[0]["config"])
@@ -156,31 +155,73 @@ def test_learned_positions_are_trained(corpus, tmp_path, monkeypatch, optimizer)
     assert evaluate(model.eval(), prepare.open_data(log[0]["config"])[2])[0] == log[-1]["val_loss"]
 
 
-# ----- EMA of the weights: a subclass of train.Run
+# ----- EMA of the weights: --ema, another one in train.update_average
 
 
-class AveragedRun(train.Run):
-    """Evaluates, and saves as the best, an exponential moving average of the weights (it is not kept for a resume)."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-        self.scored = self.average.module
-
-    def count(self, loss, norm):
-        self.average.update_parameters(self.model)
-        super().count(loss, norm)
+def last(folder):
+    return load_checkpoint(folder / "last.pt")
 
 
-def test_ema_of_the_weights_is_evaluated_and_kept_as_the_best_and_changes_no_step(corpus, tmp_path, monkeypatch):
-    plain = run(corpus, tmp_path / "plain", dropout=0.1)
-    monkeypatch.setattr(train, "Run", AveragedRun)
-    log = run(corpus, tmp_path / "ema", dropout=0.1)
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_the_average_is_evaluated_and_kept_as_the_best_and_changes_no_step(corpus, tmp_path, objective):
+    given = {"objective": objective, "dropout": 0.1}
+    plain, log = run(corpus, tmp_path / "plain", **given), run(corpus, tmp_path / "ema", ema=0.2, **given)
     assert [r["train_loss"] for r in log[1:]] == [r["train_loss"] for r in plain[1:]]
     assert all(a["val_loss"] != b["val_loss"] for a, b in zip(log[1:], plain[1:], strict=True))
-    a, b = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("plain", "ema"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    best = load_checkpoint(tmp_path / "ema" / "best.pt")
-    blocks = prepare.open_data(log[0]["config"])[2]
+    a, b = last(tmp_path / "plain"), last(tmp_path / "ema")
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"]) and "average" not in a
+    best, blocks = load_checkpoint(tmp_path / "ema" / "best.pt"), prepare.open_data(log[0]["config"])[2]
     assert evaluate(model_from_checkpoint(best), blocks)[0] == min(r["val_loss"] for r in log[1:])
     assert evaluate(model_from_checkpoint(best), blocks, log[0]["config"]["final_draws"])[0] == log[-1]["best_loss"]
+
+
+def test_the_average_is_that_of_the_weights_after_each_step(corpus, tmp_path, monkeypatch):
+    steps, update = [], train.update_average
+
+    def noted(average, model, rate):
+        steps.append((model.embed.weight.detach().clone(), rate))
+        update(average, model, rate)
+
+    monkeypatch.setattr(train, "update_average", noted)
+    run(corpus, tmp_path / "run", ema=0.5, epochs=1.0)
+    expected = torch.zeros(())
+    for weight, rate in steps:
+        expected = (1 - rate) * expected + rate * weight
+    assert [rate for _, rate in steps[:3]] == [1, 1 / 1.5, 1 / 2]  # so the weights at the start leave no trace
+    torch.testing.assert_close(last(tmp_path / "run")["average"]["embed.weight"], expected)
+
+
+def test_a_resumed_run_goes_on_with_its_average(corpus, tmp_path):
+    run(corpus, tmp_path / "whole", ema=0.2, mask_weight=1.5)
+    given, asked = {"out": str(tmp_path / "parts"), "ema": 0.2, "mask_weight": 1.5}, iter(range(1000))
+    run_until = lambda: next(asked) == 40  # noqa: E731
+    config = run(corpus, tmp_path / "other", ema=0.2, mask_weight=1.5)[0]["config"]
+    names = set(train.FLAGS) | {"preset"}
+    train.train({name: config[name] for name in names} | given, None, run_until)
+    config, saved = train.reopen(tmp_path / "parts", {})
+    assert saved["state"]["step"] == 41
+    train.train(config, saved)
+    a, b = last(tmp_path / "whole"), last(tmp_path / "parts")
+    for part in ("model", "average"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+# ----- the weights of the mask rates: --mask_weight
+
+
+@pytest.mark.parametrize("clip", [0, 0.8, 1, 1.5, 16])
+def test_a_masked_token_weighs_one_over_t_and_at_most_mask_weight(clip):
+    B, T = 64, 16
+    mask, weight = train.draw_mask(B, T, torch.Generator().manual_seed(0), clip)
+    k = mask.sum(1)
+    each = weight / k * T  # the weight of one token: that of the block, a mean over k, times T
+    torch.testing.assert_close(each, torch.minimum(T / k, torch.tensor(clip or math.inf)))
+
+
+def test_a_clipped_weight_is_descended_and_the_log_keeps_the_bound(corpus, tmp_path):
+    bound, clipped = (run(corpus, tmp_path / str(clip), mask_weight=clip, epochs=1.0) for clip in (0.0, 1.5))
+    same = run(corpus, tmp_path / "same", mask_weight=16.0, epochs=1.0)  # T: no weight is clipped
+    assert same[1:] != clipped[1:] and same[-1]["val_loss"] == bound[-1]["val_loss"] != clipped[-1]["val_loss"]
+    first = {**bound[0]["config"], **clipped[0]["config"]}  # before the first step both would log the same loss
+    batch = train.get_batch(first, prepare.open_data(first)[1], 0)
+    assert (batch[1] < 1).any() and batch[1].max() == 1

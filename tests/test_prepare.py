@@ -436,7 +436,7 @@ def test_the_tokenizer_sees_training_documents_only(tmp_path, kind, capsys):
     if kind == "char":  # said below the table and in the meta, and counted
         assert meta["splits"]["val"]["dropped"] == {"§": 400 * meta["splits"]["val"]["documents"]}
         n = meta["splits"]["tune"]["dropped"]["§"]
-        told = f"tune: left out {n:,} characters of 1 kinds not in the vocabulary ("
+        told = f"tune: left out {n:,} unknown characters of 1 kinds ("
         assert meta["splits"]["train"]["dropped"] == {} and told in (out := capsys.readouterr().out)
         assert out.count("left out") == 2 and out.count("such as '§'\n") == 2
 
@@ -482,7 +482,7 @@ def test_the_tokenizer_of_another_folder(tmp_path, monkeypatch, capsys, kind):
     assert prepare.fingerprint(mine) != prepare.fingerprint(first)
     expected = Path("my.txt").read_text()
     if kind == "char":  # which Ω is not in: said, and counted
-        assert ": left out 1 characters of 1 kinds" in (out := capsys.readouterr().out) and "such as 'Ω'" in out
+        assert ": left out 1 unknown characters of 1 kinds" in (out := capsys.readouterr().out) and "such as 'Ω'" in out
         expected = expected.replace("Ω", "")
     assert sorted("".join(stored_passages(mine))) == sorted(expected)
 
@@ -521,6 +521,33 @@ def test_other_content_never_takes_the_name_of_data_that_is_there(tmp_path, monk
     shutil.rmtree(tmp_path / "data/input-input-bpe300-2")
     assert prepare.main(shlex.split(made.meta["command"])[2:]) == 0  # the command makes it again, in its folder
     assert prepare.fingerprint(load(tmp_path / "data/input-input-bpe300-2")) == before
+
+
+def test_other_data_is_refused_before_the_work(tmp_path, monkeypatch, capsys, files):
+    """As soon as it shows: no text is split, no tokenizer trained. The same text by another name goes through."""
+    argv = [f"--input={tmp_path / 'texts'}", "--vocab_size=300", f"--out={tmp_path / 'x'}"]
+    assert prepare.main(argv) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    shutil.copytree(tmp_path / "texts", tmp_path / "moved")
+    prepare.prepare(inputs=files[1:], vocab_size=300, out=tmp_path / "other")
+    changed = (["--vocab_size=301"], ["--tokenizer=char"], [f"--tokenizer={tmp_path / 'other'}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "split", None)
+        for other in changed:
+            assert "holds other data" in fails(capsys, tmp_path, *argv, *other)
+        for argument in ([f"--input={files[0]}"], ["--dataset=sotu"]):
+            assert "holds other data" in fails(capsys, tmp_path, *argument, *argv[1:])
+        (tmp_path / "moved" / files[0].name).write_text("other")
+        assert "holds other data" in fails(capsys, tmp_path, f"--input={tmp_path / 'moved'}", *argv[1:])
+    assert "holds other data" in fails(capsys, tmp_path, *argv, "--max_tokens=99")  # it shows in the end
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
+    shutil.copy(files[0], tmp_path / "moved")
+    assert prepare.main([f"--input={tmp_path / 'moved'}", *argv[1:]]) == 0
+    meta = json.loads((tmp_path / "x" / "meta.json").read_text())
+    del meta["asked"]  # as in a folder of an older version: it is compared when all is known
+    (tmp_path / "x" / "meta.json").write_text(json.dumps(meta, indent=1))
+    assert "holds other data" in fails(capsys, tmp_path, *argv, "--vocab_size=301")
+    assert prepare.main(argv) == 0 and "asked" in load(tmp_path / "x").meta
 
 
 @pytest.mark.parametrize("text, flags, preset", [
@@ -624,8 +651,26 @@ def test_characters_that_are_left_out_take_one_line(tmp_path, capsys):
             "val": [(0, (corpus(1)[0] * 20 + strange).encode())]})
         prepare.prepare(inputs=[tmp_path / "my.txt"], tokenizer="char", out=tmp_path / "x")
     line = next(line for line in capsys.readouterr().out.splitlines() if "left out" in line)
-    assert line.startswith("val: left out 500 characters of 500 kinds not in the vocabulary (")
-    assert line.endswith("%), such as '一' '丁' '丂'") and len(line) < 110
+    assert line.startswith("val: left out 500 unknown characters of 500 kinds (")
+    assert line.endswith("%; bits per byte count 8 a byte), such as '一' '丁' '丂'") and len(line) < 110
+
+
+def test_characters_that_are_left_out_are_bytes_of_the_text(tmp_path):
+    """eval_bytes of all blocks of a split are the bytes of its text, whatever the vocabulary has of it."""
+    texts = [text + "§" * (i % 7) for i, text in enumerate(corpus(80))]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus(80)))
+    prepare.prepare(inputs=[tmp_path / "plain.jsonl"], tokenizer="char", out=tmp_path / "plain")
+    found = {}
+    for name, tokenizer in (("all", "char"), ("fewer", tmp_path / "plain")):
+        prepare.prepare(inputs=[tmp_path / "my.jsonl"], tokenizer=str(tokenizer), out=tmp_path / name)
+        data = load(tmp_path / name)
+        found[name] = prepare.scored_bytes(data, "val", np.array(data.splits["val"])[None])
+        half = np.array(data.splits["val"])[None, ::2]
+        assert prepare.scored_bytes(data, "val", half)["eval_dropped"] == found[name]["eval_dropped"] // 2
+    assert found["all"]["eval_bytes"] == found["fewer"]["eval_bytes"] and found["all"]["eval_dropped"] == 0
+    dropped = load(tmp_path / "fewer").meta["splits"]["val"]["dropped"]["§"]
+    assert found["fewer"]["eval_dropped"] == 2 * dropped > 0
 
 
 def test_a_vocabulary_too_small_for_a_script_names_char(tmp_path, capsys):
@@ -980,6 +1025,15 @@ def test_c4_reads_shard_by_shard_and_stops(server, tmp_path):
     before = len(server["asked"])
     prepare.prepare("c4", vocab_size=300, max_tokens=1_000, out=tmp_path / "less")
     assert server["asked"][before:] == ["/c4-0.json.gz"]  # the second was not asked for
+
+
+def test_nothing_is_downloaded_that_could_not_be_kept(server, tmp_path, capsys):
+    server["/c4-0.json.gz"] = (shard(corpus(600)), None)
+    argv = ["--dataset=c4", "--max_tokens=5000", "--vocab_size=300", f"--out={tmp_path / 'x'}"]
+    assert prepare.main(argv) == 0 and server["asked"].pop() == "/c4-0.json.gz"
+    for other in ("--max_tokens=6000", "--vocab_size=400", "--tokenizer=char", "--dataset=shakespeare"):
+        assert "holds other data" in fails(capsys, tmp_path, *argv, other)
+    assert server["asked"] == [] and prepare.main(argv) == 0
 
 
 def test_c4_goes_on_to_the_next_shard(server, tmp_path):

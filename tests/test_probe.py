@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import prepare
 import probe
 import sample
+import sampling
 import train
 from conftest import change_one_id
 from model import GPT, GPTConfig, UserError, evaluate, load_checkpoint, model_from_checkpoint, save_checkpoint
@@ -116,6 +117,25 @@ def test_a_run_of_an_older_version_is_measured_with_its_own_settings(folder, tmp
     blocks = prepare.open_data(load_checkpoint(folder / "diffusion" / "last.pt")["config"])[2]
     line, = lines(capsys, older, "--only=loss")
     assert (line["loss"], line["stderr"]) == evaluate(model, blocks, 6)
+
+
+def test_bits_per_byte_count_the_characters_that_were_left_out(folder, tmp_path, capsys):
+    """As 8 bits for each of their bytes, in the log of the run and here: not as nothing."""
+    rng = np.random.default_rng(0)
+    texts = [path.read_text() + "§¶" * int(rng.integers(9)) for path in sorted(folder.glob("*.txt"))]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare.prepare(inputs=[tmp_path / "my.jsonl"], tokenizer=str(folder / "data"), out=tmp_path / "data")
+    config = load_checkpoint(folder / "ar" / "best.pt")["config"]
+    given = {name: config[name] for name in train.FLAGS} | {"data": str(tmp_path / "data"), "eval_blocks": 0}
+    log = train.train(train.make_config("laptop", **given | {"out": str(tmp_path / "run")}))
+    c, ids = log[0]["config"], prepare.load(tmp_path / "data")
+    part, tokens = ids.meta["splits"]["val"], c["eval_tokens"]
+    dropped = 2 * sum(part["dropped"].values()) * tokens / part["tokens"]  # two bytes each
+    kept = part["bytes"] * tokens / part["tokens"]
+    assert c["eval_dropped"] == round(dropped) > 20 and c["eval_bytes"] == pytest.approx(kept + dropped, rel=0.01)
+    expected = (log[-1]["best_loss"] * tokens / math.log(2) + 8 * c["eval_dropped"]) / c["eval_bytes"]
+    assert log[-1]["best_bpb"] == pytest.approx(expected, abs=1e-9)
+    assert lines(capsys, tmp_path / "run", "--only=loss")[0]["bpb"] == log[-1]["best_bpb"]
 
 
 # ----- multiple choice and memorised text
@@ -252,6 +272,32 @@ def test_data_that_has_changed_is_told_in_one_line(folder, tmp_path, capsys):
         fails(capsys, "is not the data", run, *flags)
     shutil.rmtree(tmp_path / "data")
     fails(capsys, str(tmp_path / "data"), run)
+
+
+def test_the_data_may_lie_in_another_folder_now(folder, tmp_path, capsys):
+    run, data = copy(folder / "ar", tmp_path / "run", data=str(tmp_path / "gone")), tmp_path / "moved"
+    fails(capsys, "gone", run, "--orders=1")
+    shutil.copytree(folder / "data", data)
+    moved, = lines(capsys, run, "--orders=1", f"--data={data}")
+    stayed, = lines(capsys, folder / "ar", "--orders=1")
+    changed = {"run": str(run), "command": f"python notebooks/probe.py {run} --orders=1 --data={data}"}
+    assert moved == stayed | changed and len(moved["left"]) == 64
+    change_one_id(data)
+    fails(capsys, "is not the data of this run: name its folder by --data", run, f"--data={data}")
+
+
+def test_the_table_of_samples_takes_data_from_another_folder_too(folder, tmp_path, capsys):
+    for name in ("ar", "diffusion"):
+        copy(folder / name, tmp_path / name, data=str(tmp_path / "gone"))
+    data, found = tmp_path / "moved", tmp_path / "found.json"
+    shutil.copytree(folder / "data", data)
+    argv = [f"--ar={tmp_path / 'ar'}", f"--diffusion={tmp_path / 'diffusion'}", "--count=2", "--seed=1"]
+    assert sampling.main([*argv, f"--json={found}"]) == 2 and "gone" in capsys.readouterr().err
+    assert sampling.main([*argv, f"--json={found}", f"--data={data}"]) == 0
+    assert json.loads(found.read_text())["command"].endswith(f"--seed=1 --data={data}")
+    change_one_id(data)
+    assert sampling.main([*argv, f"--json={found}", f"--data={data}"]) == 2
+    assert "is not the data of this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [

@@ -78,6 +78,7 @@ def test_train_py_would_begin_every_run_and_its_log_has_the_same_flags(data, nam
         if old.get("hide"):  # a flag of train.py then, a batch of why.py now
             old["batch"] = f"hide({old['hide']})"
         assert batch == old.get("batch", "get_batch")
+        old = train.as_of_now(old)
         assert f"--dtype={old['dtype']}" in words or "--dtype" not in " ".join(words)  # what auto was
         for key in (train.FLAGS.keys() & old.keys() - {"out", "dtype"}) | set(DERIVED):
             assert config[key] == pytest.approx(old[key]), (run, key)

@@ -39,7 +39,7 @@ FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as many generated inputs
 RUN = Path("out/my run")  # as seen from the folder in which the commands run; a printed command has to quote it
 SMALL = {"preset": "laptop", "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8,
          "unique_tokens": 256, "epochs": 48.0, "eval_every": 2.0, "eval_blocks": 16, "lr": 0.03, "dropout": 0.1,
-         "dtype": "float32", "device": "cpu", "out": str(RUN)}
+         "mask_weight": 0.0, "ema": 0.0, "dtype": "float32", "device": "cpu", "out": str(RUN)}
 # 96 steps with an evaluation after every 4, of which not every one is the best so far.
 
 
