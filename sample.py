@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -284,7 +285,8 @@ def draw_losses(ax, *logs):
             x = flops * diffusion[-1]["epoch"] / diffusion[-1]["flops"]
             y = np.interp(np.log(x), np.log(curve(diffusion)[:, 0]), curve(diffusion)[:, 1])
             ax.plot(x, y, mark, color="black", mfc="white", ms=9)
-    ax.set_title(verdict(ar, diffusion), loc="left", fontsize=10)
+    title = [part for line in verdict(ar, diffusion).split("\n") for part in textwrap.wrap(line, 90)]
+    ax.set_title("\n".join(title), loc="left", fontsize=10)
 
 
 def plot_losses(path, *logs):

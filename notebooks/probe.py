@@ -206,7 +206,7 @@ def mixture(run, K, split=None, N=64, checkpoint="best", **other):
             "averaged": averaged}
 
 
-def mask_rates(opened, bins=8, draws=8):
+def mask_rates(opened, bins=8, draws=2):
     """Diffusion's loss by the share t of tokens that are masked, as a dict of lists of min(bins, T) numbers.
 
     mask_rate: the middle of each bin of t; training, held_out: the mean loss of masked tokens there, in nats

@@ -5,7 +5,7 @@ import torch
 
 import model
 import train
-from tests.test_changes import corpus, run  # noqa: F401
+from test_changes import corpus, run  # noqa: F401
 from train import load_checkpoint
 
 
