@@ -74,7 +74,7 @@ class GPTConfig:
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D/2)."""
+    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (..., T, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)  # (B, H, T, D/2)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # else bf16 would become float32, and attention turn it back
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

@@ -57,7 +57,7 @@ FLAGS = {
     "weight_decay": (float, 0.5, 0.5, 0, "decoupled, on the matrices and the embedding"),
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
     "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
-    "mask_weight": (float, 1.5, 1.5, 0, "G: in training a masked token weighs min(1/t, G); 0: just 1/t"),
+    "mask_weight": (float, 1.5, 1.5, 0, "a masked token weighs min(1/t, this) in training; 0: just 1/t"),
     "ema": (float, 0.2, 0.2, 0, "EMA of the weights, over about this share of the steps so far; 0: none"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, ..."),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all"),
@@ -99,8 +99,9 @@ def draw_mask(B, T, generator, clip=0.0):  # [DIFFUSION]
     """Training masks of B blocks, (B, T) bool, and the weight of each in the loss that is descended, (B,).
 
     The loss of a block is the mean over its k masked tokens, so k uniform on 1..T with weight 1 is the bound:
-    with t = k/T a token weighs 1/t. Few masks make few tokens count for much, and the gradient noisy; so
-    min(1/t, clip) learns sooner. (k with probability P(k) and weight 1 / (T P(k)) would be the bound again.)
+    with t = k/T a token weighs 1/t. Where few tokens are masked each of them counts for much, which makes
+    the gradient noisy: min(1/t, clip) learns sooner. k with another probability P(k) and weight 1 / (T P(k))
+    would be the bound again.
     Whatever stands here: the train_loss of the log has no weights, and evaluate draws its own masks.
     """
     k = uniform_k(B, T, generator)
@@ -167,7 +168,10 @@ def descend(optimizers, lr):
 
 @torch.no_grad()
 def update_average(average, model, rate):
-    """Move the weights of average towards those of model by rate (EMA, exponential moving average)."""
+    """Move the weights of average towards those of model by rate (EMA, exponential moving average).
+
+    The rate 1 / (1 + ema step) averages over about the last ema (a share, 0 to 1) of the steps so far.
+    """
     for a, p in zip(average.parameters(), model.parameters(), strict=True):
         a.lerp_(p, rate)
 
@@ -459,8 +463,8 @@ class Run:
             if not lowest:
                 network = model_from_checkpoint(load_checkpoint(self.out / "best.pt")).to(self.device)
                 best = score(c, network, self.blocks, c["final_draws"])
-            record |= {f"{name}_{key}": value for name, scores in (("final", final), ("best", best))
-                       for key, value in scores.items()}
+            record |= {f"final_{key}": value for key, value in final.items()}
+            record |= {f"best_{key}": value for key, value in best.items()}
         record["seconds"] = round(time.perf_counter() - self.started, 1)
         left = record["seconds"] * (c["steps"] / self.step - 1) / 60
         say(f"epoch {epoch:7.2f}  train {train_loss:.3f}  {sample.show(record, c)}  {left:.1f} min left")

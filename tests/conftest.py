@@ -11,9 +11,12 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the commands that tests start
 
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import prepare  # noqa: E402
+import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
@@ -49,3 +52,20 @@ def change_one_id(folder):
     meta = json.loads((folder / "meta.json").read_text())
     meta["splits"]["val"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The folder of a small corpus of characters."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = np.random.default_rng(0).choice(["the union ", "has peace ", "keeps law.\n\n"], 4000)
+    (folder / "text.txt").write_text("".join(words))
+    prepare.prepare(inputs=[folder / "text.txt"], tokenizer="char", out=folder / "data")
+    return folder / "data"
+
+
+def run(corpus, out, **given):
+    """A short run; its log."""
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "unique_tokens": 1024,
+             "eval_blocks": 32, "epochs": 10.0, "lr": 0.01, "dtype": "float32", "device": "cpu", "ema": 0.0}
+    return train.train(train.make_config("laptop", **(small | {"data": str(corpus), "out": str(out)} | given)))

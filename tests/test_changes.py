@@ -5,31 +5,14 @@ Copy the code of a test to begin with your own.
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
 import prepare
 import train
-from conftest import any_order_losses, tiny
+from conftest import any_order_losses, run, tiny
 from model import GPT, GPTConfig, evaluate, load_checkpoint, make_model, mask_k, model_from_checkpoint
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    words = np.random.default_rng(0).choice(["the union ", "has peace ", "keeps law.\n\n"], 4000)
-    (folder / "text.txt").write_text("".join(words))
-    prepare.prepare(inputs=[folder / "text.txt"], tokenizer="char", out=folder / "data")
-    return folder / "data"
-
-
-def run(corpus, out, **given):
-    """A short run; its log."""
-    small = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "unique_tokens": 1024,
-             "eval_blocks": 32, "epochs": 10.0, "lr": 0.01, "dtype": "float32", "device": "cpu", "ema": 0.0}
-    return train.train(train.make_config("laptop", **(small | {"data": str(corpus), "out": str(out)} | given)))
 
 
 # ----- another training loss, another mask schedule: train.draw_mask

@@ -5,7 +5,7 @@ import torch
 
 import model
 import train
-from test_changes import corpus, run  # noqa: F401
+from conftest import run
 from train import load_checkpoint
 
 
@@ -73,7 +73,7 @@ def settle_after_every_step(monkeypatch):
     monkeypatch.setattr(train.Run, "settle", at_once_again)
 
 
-def test_a_run_says_how_many_it_takes_and_gives_them_back(corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_says_how_many_it_takes_and_gives_them_back(corpus, tmp_path, monkeypatch, capsys):
     numbers = iter([2, 1, 1, 2] + 1000 * [2])
     monkeypatch.setattr(train, "settle_threads", lambda work, most: torch.set_num_threads(next(numbers)))
     settle_after_every_step(monkeypatch)
@@ -89,7 +89,7 @@ def test_a_run_says_how_many_it_takes_and_gives_them_back(corpus, tmp_path, monk
 
 
 @pytest.mark.parametrize("objective", ["ar", "diffusion"])
-def test_to_try_what_is_fast_changes_no_result(corpus, tmp_path, monkeypatch, objective):  # noqa: F811
+def test_to_try_what_is_fast_changes_no_result(corpus, tmp_path, monkeypatch, objective):
     settle_after_every_step(monkeypatch)
     tried = []
     for name, try_out in (("plain", lambda work, most: None), ("tried", lambda work, most: tried.append(work()))):
