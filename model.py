@@ -244,9 +244,41 @@ def make_optimizers(model, optimizer, lr, weight_decay):
                                      {"params": vectors, "weight_decay": 0.0}],
                                     lr=lr, betas=(0.9, 0.95), fused=True)]
     if optimizer == "muon":  # updates of the size of AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", all matrices of a shape at a time: twice as fast."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}  # {shape: its matrices}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for shape, matrices in alike.items():
+                grads = [p.grad for p in matrices]
+                means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
+                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+                update = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's
+                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * math.sqrt(max(shape))  # of an update of AdamW's (arXiv 2502.16982)
+                torch._foreach_add_(matrices, list(update.float()), alpha=-group["lr"] * size)
+
+
+def orthogonal(x, coefficients, steps, eps):
+    """Matrices x (n, rows, columns) with all singular values moved near 1, by Newton-Schulz steps in bf16."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).bfloat16()  # (n, the smaller side, the larger)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):  # x <- a x + (b G + c G^2) x with G = x x^T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 # ----- masks, as evaluation draws them and as training does by default (train.draw_mask)
