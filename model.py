@@ -249,10 +249,14 @@ def make_optimizers(model, optimizer, lr, weight_decay):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", all matrices of a shape at a time: twice as fast."""
+    """torch.optim.Muon with all matrices of a shape at a time, which is twice as fast.
+
+    It makes the updates of adjust_lr_fn="match_rms_adamw" (arXiv 2502.16982), of the size of AdamW's.
+    """
 
     @torch.no_grad()
     def step(self):
+        """Move the matrices that have a gradient."""
         for group in self.param_groups:
             alike = {}  # {shape: its matrices}
             for p in group["params"]:
@@ -265,7 +269,7 @@ class Muon(torch.optim.Muon):
                 update = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's
                 update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * math.sqrt(max(shape))  # of an update of AdamW's (arXiv 2502.16982)
+                size = 0.2 * math.sqrt(max(shape))
                 torch._foreach_add_(matrices, list(update.float()), alpha=-group["lr"] * size)
 
 

@@ -1,6 +1,6 @@
 """Write text with a trained run: one token after another, or by unmasking.
 
-    python sample.py                                         from the newest run under out/
+    python sample.py                    from the newest run under out/, or from a pre-trained diffusion model
     python sample.py --run=out/ar --prompt="Fellow citizens" --temperature=0.8 --top_p=0.9
     python sample.py --run=out/diffusion --infill="We the people ____ a more perfect union"
     python notebooks/watch.py out/ar out/diffusion           both side by side, as they write
@@ -140,6 +140,7 @@ def encode_gaps(tokenizer, text, gap, mark=""):
 
 # ----- runs: their weights, and what their logs say in words and figures
 
+PRETRAINED = Path("notebooks/checkpoints/diffusion.pt")  # beside it ar.pt; made by notebooks/watch.py --half
 COLOURS = {"ar": "#0072B2", "diffusion": "#D55E00"}  # blue and vermilion of Okabe and Ito
 
 
@@ -357,7 +358,7 @@ def parse(argv):
     """The flags of the command line. What is wrong with one is told in two lines, and the script ends."""
     parser = argparse.ArgumentParser(usage="python sample.py [FLAGS]", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group()
-    parser.add_argument("--run", help="run directory, or a checkpoint in it [the newest under out/]")
+    parser.add_argument("--run", help="run directory or checkpoint [the newest under out/, or pre-trained]")
     what.add_argument("--prompt", default="", metavar="TEXT", help="text to continue, or @FILE")
     what.add_argument("--infill", metavar="TEXT", help="diffusion: fill the gaps of this text or @FILE; a "
                       "gap is 4 underscores or more, 2 or 3 only as a word of their own, or __7__ (7 tokens)")
@@ -387,13 +388,15 @@ def new_run_dir(objective):
 
 def find_checkpoint(run, name):
     """The path of the checkpoint best or last of a run: of a folder, of that file, or of the newest run."""
-    newest = max(Path("out").glob("*/last.pt"), key=os.path.getmtime, default=Path("out/*/last.pt"))
-    path = Path(os.path.expanduser(run or newest.parent))
+    runs = [last.parent for last in sorted(Path("out").glob("*/last.pt"), key=os.path.getmtime)]
+    path = Path(os.path.expanduser(run or [PRETRAINED, *runs][-1]))
     if path.suffix != ".pt" or path.is_dir():
         path /= f"{name or 'best'}.pt"
     if name not in (None, path.stem):
-        raise UserError(f"--run={run} is one checkpoint and --checkpoint={name} another: leave one out")
+        raise UserError(f"--run={path} is one checkpoint and --checkpoint={name} another: leave one out")
     if path.exists():
+        if path == PRETRAINED and not run:
+            print(f"no run under out/ yet, so a pre-trained one writes: {path}", file=sys.stderr)
         return path
     if path.with_name("last.pt").exists():
         raise UserError(f"{path.parent} has not been evaluated yet: train on, or take --checkpoint=last")

@@ -7,17 +7,24 @@
 The law is Muennighoff et al.'s (arXiv 2305.16264, eq. 5 and 6), and arXiv 2507.15857 fits it to AR and to diffusion. A
 law is a dict of A, B, alpha, beta, E0, R_D and R_N: numbers, or float64 tensors (S,) for S laws side by side. It only
 ever falls with more epochs, so it can not follow an AR model that overfits; table() makes what to do of that a choice.
+
+At the end stands what notebooks share about measured losses: settings in words, likelihoods over orders, n-grams.
 """
 
+import json
 import math
+import re
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import sample  # noqa: E402
 from sample import crossing  # noqa: E402, F401  the notebooks take it from here
 
 # Published as A = 521, B = 1488, alpha = beta = 0.353, E0 = 1.87, R_D = 15.39, R_N = 5.31. Those give 2.2236 for their
@@ -324,3 +331,134 @@ def what_would_it_take(U, ar=None, diffusion=None, epochs=500):
         _, N, E = best_at(diffusion, U, C)
         answer["ours"] = {"C": C, "N": N.item(), "E": E.item()}
     return answer
+
+
+# ----- the crossings themselves, read off the curves
+
+
+def measured_crossings(logs):
+    """Where diffusion overtakes AR in runs [(config, records)] of both, in FLOPs: {U: {seed: (equal, of_best, limit)}}.
+
+    Of each number U of unique tokens and seed: at equal compute, the same network; AR's best, the lowest of all its
+    networks, by the diffusion network that gets there first. NaN where there is none up to the limit, diffusion's most.
+    """
+    groups = defaultdict(lambda: {"ar": [], "diffusion": []})
+    for config, records in logs:
+        groups[config["unique_tokens"], config["seed"]][config["objective"]].append([{"config": config}, *records])
+    found = defaultdict(dict)
+    for (U, seed), both in sorted(groups.items()):
+        if both["ar"] and both["diffusion"]:
+            best = min(both["ar"], key=lambda log: log[-1]["best_loss"])
+            equal = [sample.crossings(ar, log)[0] for ar in both["ar"] for log in both["diffusion"]
+                     if ar[0]["config"]["parameters"] == log[0]["config"]["parameters"]]
+            of_best = [sample.crossings(best, log)[1] for log in both["diffusion"]]
+            first = [min((x for x in flops if x), default=math.nan) for flops in (equal, of_best)]
+            found[U][seed] = *first, max(log[-1]["flops"] for log in both["diffusion"])
+    return dict(found)
+
+
+def fit_critical(points, samples=2000):
+    """Fit C_crit = C (U / 4096)^b to points {U: FLOPs of each seed} by least squares in logarithms; NaNs are left out.
+
+    Returns ((b, low, high), (C, low, high)): with 90 % intervals from a bootstrap over the seeds of each U. Raises
+    ValueError below three U.
+    """
+    points = {U: np.array(C)[np.isfinite(C)] for U, C in points.items()}
+    points = {U: np.log(C) for U, C in points.items() if len(C)}
+    if len(points) < 3:
+        raise ValueError(f"a power law from {len(points)} numbers of unique tokens: it takes 3 that have a crossing")
+    x, rng = np.log(np.array([*points]) / 4096), np.random.default_rng(0)
+    fits = [np.polyfit(x, [draw(C).mean() for C in points.values()], 1)
+            for draw in (lambda C: C, *[lambda C: rng.choice(C, len(C))] * samples)]
+    exponents, constants = np.array(fits).T
+    return tuple((row[0], *np.quantile(row[1:], (0.05, 0.95))) for row in (exponents, np.exp(constants)))
+
+
+# ----- beside the law: the settings of a run in words, likelihoods over orders, n-grams
+
+
+def settings(config, width=128):
+    """What of a run is not the old recipe of the laptop preset, in words ("" if nothing is); width: as usual there."""
+    c = {"hide": 0, "replace": 0, "mask_weight": 0, "ema": 0} | config  # the first logs lack them
+    clipped, adamw = c["mask_weight"] if c["objective"] == "diffusion" else 0, c["optimizer"] == "adamw"
+    words = {"AdamW": adamw, f"lr {c['lr']:g}": adamw or c["lr"] != 0.002, f"batch size {c['batch_size']}":
+             c["batch_size"] != 16, f"width {c['n_embd']}": c["n_embd"] != width,
+             f"weights min(1/t, {clipped:g})": clipped, "EMA": c["ema"],
+             f"weight decay {c['weight_decay']:g}": c["weight_decay"] != 0.1, f"dropout {c['dropout']:g}": c["dropout"],
+             f"{c['hide']:.0%} masked": c["hide"], f"{c['replace']:.0%} replaced": c["replace"]}
+    return ", ".join(word for word, there in words.items() if there)
+
+
+def lever_table(logs, width=128):
+    """Print a line a run of logs [(config, records)], with what it gains over the old recipe of as much regularisation.
+
+    Gain: how far its lowest loss is under that of the run with the same objective, epochs, dropout and replaced tokens,
+    but without the other levers. As low at epoch: where its curve reaches that run's lowest point. Rows without such a
+    run show neither. Returns {(objective, epochs, settings): gain}.
+    """
+    def alike(c):
+        return c["objective"], c["epochs"], c["dropout"], c.get("replace", 0)
+
+    def lever(row):
+        return bool(re.search("AdamW|batch|width|min|EMA", row[4]))
+
+    rows = sorted([(*alike(c), settings(c, width), [{"config": c}, *records]) for c, records in logs],
+                  key=lambda row: (*row[:4], lever(row), row[4] != "", row[5][-1]["best_loss"]))
+    old = {row[:4]: row for row in rows[::-1] if not lever(row)}
+    print("           epochs  lowest           at epoch    gain  as low at epoch  settings")
+    gains, last = {}, None
+    for objective, epochs, *noise, words, log in rows:
+        if last not in (None, objective):
+            print()
+        before, lowest, shown = old.get((objective, epochs, *noise)), f"= {log[-1]['best_loss']:.3f}", " " * 23
+        if objective == "diffusion":
+            lowest = f"≤ {log[-1]['best_loss']:.3f} ± {log[-1]['best_stderr']:.3f}"
+        if before and before[5] is not log:
+            gain, low = before[5][-1]["best_loss"] - log[-1]["best_loss"], sample.best_of(before[5])["val_loss"]
+            as_low = crossing([(1, low), (epochs, low)], sample.curve(log))
+            shown, gains[objective, epochs, words] = f"{gain:+.3f}  {f'{as_low:.0f}' if as_low else 'never':>15}", gain
+        at, name, last = sample.best_of(log)["epoch"], objective if objective != last else "", objective
+        print(f"{name:9}  {epochs:6g}  {lowest:15}  {at:8g}  {shown}  {words or 'old recipe'}")
+    return gains
+
+
+def read_likelihoods(*names):
+    """probe.py's --only=orders in results/probe/NAME.jsonl, nats per token of N blocks.
+
+    Returns {(split, run): {"left": (N,), "orders": (K, N), "averaged": (N,)}}, without those that a run has not.
+    """
+    rows = [json.loads(line) for name in names
+            for line in (Path(__file__).parent / "results" / "probe" / f"{name}.jsonl").read_text().splitlines()]
+    return {(row["split"], Path(row["run"]).name): {
+        key: np.array(row[key]) / row["block_size"] for key in ("left", "orders", "averaged") if row.get(key)}
+        for row in rows}
+
+
+def mixture(nll, tokens=128):
+    """-log p of N blocks under the mixture of K models whose own are nll (..., K, N): (..., N). All per token.
+
+    The probability of a block is the mean of K, so that it takes -log p of whole blocks: `tokens` of them each.
+    """
+    return (np.log(nll.shape[-2]) - np.logaddexp.reduce(-nll * tokens, axis=-2)) / tokens
+
+
+def difference(a, b):
+    """The mean of a - b, both (seeds, N), and its standard error over the N blocks of text: an array of two."""
+    gap = (np.asarray(a) - np.asarray(b)).mean(0)
+    return np.array([gap.mean(), gap.std(ddof=1) / len(gap) ** 0.5])
+
+
+def ngrams(tokens, blocks, V, n=4, discount=0.9):
+    """-log p in nats per token of blocks (N, T) by the n-grams of tokens: absolute discounting, interpolated. (N,)"""
+    after, nll = defaultdict(Counter), np.zeros(len(blocks))
+    for i, token in enumerate(tokens):
+        for m in range(min(n, i + 1)):
+            after[tuple(tokens[i - m:i])][token] += 1
+    for row, block in enumerate(blocks):
+        for i, token in enumerate(block):
+            p = 1 / V
+            for m in range(min(n, i + 1)):
+                if seen := after.get(tuple(block[i - m:i])):
+                    p = (max(seen[token] - discount, 0) + discount * len(seen) * p) / seen.total()
+            nll[row] -= np.log(p)
+    return nll / len(blocks[0])

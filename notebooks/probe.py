@@ -3,6 +3,7 @@
     python notebooks/probe.py out/ar out/diffusion                best.pt and last.pt of both, without orders
     python notebooks/probe.py out/ar --split=val --only=loss      settings chosen on tune, reported on val
     python notebooks/probe.py out/diffusion --checkpoint=best --only=orders --orders=64
+    python notebooks/probe.py out/ar-s1 out/ar-s2 out/ar-s3 --ensemble   the loss of all of them as one
 
 It prints a line of JSON for each checkpoint; where the last network is the best, one line. In it are
 
@@ -38,7 +39,7 @@ from numpy.lib.stride_tricks import sliding_window_view  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from model import UserError, block_losses, choose_device, load_checkpoint, mask_k  # noqa: E402
+from model import GPT, UserError, block_losses, choose_device, evaluate, load_checkpoint, mask_k  # noqa: E402
 from model import model_from_checkpoint, precision  # noqa: E402
 from prepare import open_data, scored_bytes  # noqa: E402
 from sample import drawing_device, sample_ar, sample_diffusion, told  # noqa: E402
@@ -92,6 +93,37 @@ def chain_rule_nll(model, x):
     order of unmasking. It may lie on either side of the bound, which is a mean over all orders.
     """
     return conditional_nll(model, x, torch.ones_like(x, dtype=torch.bool)) / x.shape[1]
+
+
+class Ensemble(GPT):
+    """Networks of one kind as one, which predicts the mean of their probabilities at every position.
+
+    Its loss is exact for AR; for diffusion it is a bound, order by order.
+    """
+
+    def __init__(self, models):
+        torch.nn.Module.__init__(self)
+        self.config, self.embed, self.models = models[0].config, models[0].embed, torch.nn.ModuleList(models)
+
+    def hidden(self, idx, cache=None, keep=None):
+        return torch.cat([model.hidden(idx, keep=keep) for model in self.models], dim=-1)  # (..., M C)
+
+    def head(self, h):
+        parts = zip(self.models, h.chunk(len(self.models), dim=-1), strict=True)
+        return torch.stack([model.head(part).log_softmax(-1) for model, part in parts]).logsumexp(0)  # (..., V)
+
+
+def score_together(opened):
+    """The held-out loss of several open checkpoints as one Ensemble: a dict. Raises UserError if they differ."""
+    config, blocks = opened[0].config, opened[0].blocks
+    for other in opened[1:]:
+        same = all(other.config[name] == config[name] for name in ("objective", "data_sha256", "block_size"))
+        if not same or not torch.equal(other.blocks, blocks):
+            raise UserError(f"{other.run} and {opened[0].run} differ in objective, data or held-out blocks: an "
+                            "ensemble is of runs that differ in the seed or the network")
+    with opened[0].context():
+        loss, stderr = evaluate(Ensemble([one.model for one in opened]), blocks, config["final_draws"])
+    return {"loss": loss, "stderr": stderr}
 
 
 def bar(parts, name):
@@ -264,6 +296,7 @@ def print_measures(argv=None):
     parser.add_argument("--split", choices=("val", "tune"), help="held-out split [the run's own]")
     parser.add_argument("--only", choices=MEASURES, action="append", help="measure this alone; repeatable")
     parser.add_argument("--orders", metavar="K", type=int, default=0, help="orders; AR: dropout masks [0]")
+    parser.add_argument("--ensemble", action="store_true", help="the loss of all runs (best.pt) as one network")
     parser.add_argument("--device", help="auto, cpu, cuda, ... [the run's own]")
     parser.add_argument("--data", metavar="FOLDER", help="where the data of the runs lie now [where they lay then]")
     args = parser.parse_args(argv)
@@ -271,6 +304,13 @@ def print_measures(argv=None):
     if args.orders < 0 or ("orders" in what) != (args.orders > 0):
         parser.error("--only=orders and --orders=K, with K of at least 1, go together")
     command = shlex.join(["python", "notebooks/probe.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.ensemble:
+        with contextlib.redirect_stdout(sys.stderr):
+            opened = [open_checkpoint(run, split=args.split, device=args.device, data=args.data) for run in args.runs]
+            row = {"run": [*map(str, args.runs)], "checkpoint": "best", "split": opened[0].config["split"],
+                   **score_together(opened), "command": command}
+        print(json.dumps(row), flush=True)
+        return
     for run in args.runs:
         step = None
         for name in [args.checkpoint] if args.checkpoint else ["best", "last"]:

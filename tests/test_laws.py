@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -189,3 +190,81 @@ def test_table_takes_the_last_or_the_best_loss():
     assert laws.table(logs, "ar", "best") == [{"N": 10, "U": 20, "E": 3.0, "loss": 2.0}]
     assert laws.table(logs, "ar", "stopped") == [{"N": 10, "U": 20, "E": 1.5, "loss": 2.0}]
     assert laws.table(logs, "ar", "final")[0]["loss"] == 3.0 and laws.table(logs, "diffusion", "best") == []
+
+
+def test_settings_name_what_is_not_the_old_recipe():
+    old = {"objective": "ar", "optimizer": "muon", "lr": 0.002, "batch_size": 16, "n_embd": 128, "weight_decay": 0.1,
+           "dropout": 0.0}
+    assert laws.settings(old) == "" and laws.settings(old | {"mask_weight": 1.5}) == ""  # which AR does not have
+    assert laws.settings(old | {"objective": "diffusion", "mask_weight": 1.5, "ema": 0.2, "weight_decay": 0.5}) == (
+        "weights min(1/t, 1.5), EMA, weight decay 0.5")
+    assert laws.settings(old | {"optimizer": "adamw", "dropout": 0.1}) == "AdamW, lr 0.002, dropout 0.1"
+    assert laws.settings(old | {"n_embd": 64, "batch_size": 8, "lr": 0.0014}) == "lr 0.0014, batch size 8, width 64"
+    assert laws.settings(old | {"n_embd": 64, "replace": 0.15}, width=64) == "15% replaced"
+
+
+def test_levers_are_compared_with_as_much_regularisation(capsys):
+    def log(lowest, **other):
+        config = {"objective": "ar", "epochs": 24, "optimizer": "muon", "lr": 0.002, "batch_size": 16, "n_embd": 128,
+                  "weight_decay": 0.1, "dropout": 0.0} | other
+        records = [{"epoch": e, "val_loss": lowest + 1 / e} for e in (1, 10, 24)]
+        return config, [*records[:-1], records[-1] | {"best_loss": lowest, "best_stderr": 0.004}]
+
+    gains = laws.lever_table([log(2.5, ema=0.2), log(3.0), log(2.9, weight_decay=0.4), log(2.0, dropout=0.1, ema=0.2),
+                              log(2.8, optimizer="adamw"), log(2.7, objective="diffusion", n_embd=64)])
+    assert gains == pytest.approx({("ar", 24, "EMA"): 0.5, ("ar", 24, "weight decay 0.4"): 0.1,
+                                   ("ar", 24, "AdamW, lr 0.002"): 0.2})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[1].endswith("old recipe") and lines[-1].endswith("width 64") and "≤" in lines[-1]
+
+
+def test_a_mixture_averages_probabilities_of_whole_blocks():
+    p = np.array([[0.5, 0.25], [0.125, 0.25]])  # two models, two blocks of two tokens
+    assert laws.mixture(-np.log(p) / 2, tokens=2) == pytest.approx(-np.log([0.3125, 0.25]) / 2)
+    gap, error = laws.difference([[3.0, 5.0], [3.0, 5.0]], [[1.0, 1.0], [1.0, 1.0]])
+    assert gap == 3 and error == pytest.approx(1)
+
+
+def test_likelihoods_of_the_probes():
+    rows = laws.read_likelihoods("mixture")
+    assert rows["val", "char4k-diffusion-s1"]["orders"].shape == (32, 64)
+    assert 2 < rows["val", "char4k-ar-s1"]["left"].mean() < 3 and "orders" not in rows["val", "char4k-ar-s1"]
+
+
+def test_ngrams_are_a_distribution():
+    pairs = [[a, b] for a in range(3) for b in range(3)]  # all texts of two tokens
+    assert np.exp(-2 * laws.ngrams([0, 1, 0, 2, 0, 1], pairs, 3, n=2)).sum() == pytest.approx(1)
+
+
+# ----- the crossings themselves
+
+
+def a_run(objective, seed, U, losses, parameters=10, error=0.0):
+    config = {"objective": objective, "seed": seed, "unique_tokens": U, "parameters": parameters}
+    epochs = (1, 2, 4, 8, 16)
+    records = [{"epoch": e, "flops": 1e6 * e, "val_loss": loss} for e, loss in zip(epochs, losses, strict=True)]
+    records[-1] |= {"best_loss": min(losses), "best_stderr": error}
+    return config, records
+
+
+def test_crossings_are_read_off_the_curves():
+    ar = a_run("ar", 1, 100, [5, 3, 4, 5, 6])
+    small = a_run("ar", 1, 100, [5, 4.5, 3.5, 5, 6], parameters=5)
+    diffusion, slow = a_run("diffusion", 1, 100, [6, 5, 3.5, 2.5, 2.5]), a_run("diffusion", 1, 100, [6, 5, 4, 3.5, 3.4])
+    found = laws.measured_crossings([ar, small, diffusion, slow, a_run("ar", 2, 100, [1] * 5)])
+    equal, of_best, limit = found[100][1]  # seed 2 has no diffusion run
+    assert list(found[100]) == [1] and limit == 16e6
+    assert equal == pytest.approx(2e6 * 2 ** 0.8) and of_best == pytest.approx(4e6 * 2**0.5)  # linear in log epochs
+    _, none, _ = laws.measured_crossings([ar, slow])[100][1]
+    assert math.isnan(none)
+
+
+def test_a_power_law_is_recovered_with_its_interval():
+    rng = np.random.default_rng(1)
+    points = {U: 3e11 * (U / 4096) ** 1.5 * np.exp(0.1 * rng.standard_normal(3)) for U in (512, 1024, 2048, 4096, 8192)}
+    points[16384] = [math.nan] * 3  # no crossing
+    (b, low, high), (C, C_low, C_high) = laws.fit_critical(points)
+    assert low < b < high < low + 0.3 and b == pytest.approx(1.5, abs=0.1)
+    assert C_low < C < C_high and C == pytest.approx(3e11, rel=0.15)
+    with pytest.raises(ValueError, match="takes 3"):
+        laws.fit_critical({U: points[U] for U in (512, 1024, 16384)})

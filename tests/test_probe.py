@@ -306,3 +306,39 @@ def test_flags_that_mean_nothing_are_refused(folder, capsys, flags):
     with pytest.raises(SystemExit) as ended:
         probe.main([str(folder / "ar"), *flags] if flags else [])
     assert ended.value.code == 2 and capsys.readouterr().out == ""
+
+
+# ----- several networks as one
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_an_ensemble_predicts_the_mean_of_the_probabilities(objective):
+    def network(seed):
+        torch.manual_seed(seed)
+        net = GPT(GPTConfig(objective, vocab_size=7, block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
+        for p in net.parameters():
+            p.data *= 8  # so that the networks differ
+        return net
+
+    nets, x = [network(1), network(2)], torch.randint(7, (8, 8), generator=torch.Generator().manual_seed(0))
+    one, both = probe.Ensemble(nets[:1]), probe.Ensemble(nets)
+    assert math.isclose(evaluate(one, x)[0], evaluate(nets[0], x)[0], rel_tol=1e-6)
+    mean = sum(net.logits(x).softmax(-1) for net in nets) / 2  # (8, 8, V)
+    torch.testing.assert_close(both.logits(x).softmax(-1), mean)
+    alone = [evaluate(net, x)[0] for net in nets]
+    assert evaluate(both, x)[0] < sum(alone) / 2 - 0.01  # by Jensen, as they differ
+    given = {} if objective == "ar" else {"mask": torch.arange(8).expand(8, 8) % 2 == 0}
+    read = F.pad(x[:, :-1], (1, 0), value=7) if objective == "ar" else x.masked_fill(given["mask"], 7)
+    p = (sum(net.logits(read).softmax(-1) for net in nets) / 2).gather(2, x[:, :, None])[:, :, 0]
+    scored = given.get("mask", torch.ones_like(x, dtype=torch.bool))
+    expected = -(p.log() * scored).sum(1) / scored.sum(1)
+    torch.testing.assert_close(both(x, **given), expected)
+
+
+def test_the_command_scores_an_ensemble(folder, data, capsys):
+    probe.print_measures([str(folder / "ar"), str(folder / "ar"), "--ensemble"])
+    row = json.loads(capsys.readouterr().out)
+    alone = load_checkpoint(folder / "ar/best.pt")["records"][-1]
+    assert row["run"] == [str(folder / "ar")] * 2 and math.isclose(row["loss"], alone["val_loss"], rel_tol=1e-5)
+    with pytest.raises(UserError, match="differ in objective"):
+        probe.print_measures([str(folder / "ar"), str(folder / "diffusion"), "--ensemble"])

@@ -587,6 +587,33 @@ def test_a_run_may_be_named_by_its_checkpoint(runs, capsys, monkeypatch, tmp_pat
     assert main(["--run=elsewhere"]) == 2 and "out/ar, out/diffusion" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_the_pretrained_models_are_small_and_write(capsys, name):
+    path = ROOT / "notebooks" / "checkpoints" / f"{name}.pt"
+    assert path.stat().st_size < 2.5e6
+    saved = load_checkpoint(path)
+    model, tokenizer = model_from_checkpoint(saved), Tokenizer(saved["tokenizer"])
+    assert model.config.objective == saved["config"]["objective"] == name
+    assert {w.dtype for w in saved["model"].values()} == {torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    prompt = torch.from_numpy(tokenizer.encode("Fellow citizens of the Senate and of the House of Representatives"))
+    text = F.pad(prompt, (0, 128 - len(prompt)), value=tokenizer.eot)[None]
+    assert evaluate(model, text, draws=64)[0] < math.log(model.config.vocab_size)  # it has learned something
+    record = json.loads(say(capsys, f"--run={path}", "--prompt=Fellow citizens", "--length=30", "--json"))
+    assert record["objective"] == name and all(t.startswith("Fellow citizens") for t in record["samples"])
+
+
+def test_without_a_run_the_pretrained_diffusion_model_writes(capsys, monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "notebooks" / "checkpoints", tmp_path / "notebooks" / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--length=4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["objective"] == "diffusion" and not Path("out").exists()
+    assert err.count("\n") == 1 and "no run under out/" in err and "notebooks/checkpoints/diffusion.pt" in err
+    say(capsys, "--length=4", "--run=notebooks/checkpoints/diffusion.pt")  # by name: nothing to explain
+    assert main(["--checkpoint=last"]) == 2 and "--checkpoint=last" in capsys.readouterr().err
+
+
 def test_from_python_in_five_lines(runs, capsys, monkeypatch):
     monkeypatch.chdir(runs)
     saved = load_checkpoint("ar/best.pt")

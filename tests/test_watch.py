@@ -10,14 +10,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image, ImageColor, ImageSequence
 from wcwidth import wcswidth, wcwidth
 
 import prepare
 import sample
 import watch
 from conftest import tiny
-from model import save_checkpoint
+from model import load_checkpoint, model_from_checkpoint, save_checkpoint
 
 TOKENIZER = prepare.Tokenizer({"kind": "char", "characters": "\n .abcw123"})
 # Tabs, CRLF, wide, combining and joining characters, half flags, odd spaces, and what steers a terminal.
@@ -113,12 +116,67 @@ def test_without_a_terminal_two_runs_stand_side_by_side_at_once(runs, capsys, mo
 
 @pytest.mark.parametrize("argv, named", [(["a", "b", "c"], "3 runs"), (["none"], "none/best.pt"),
                                          (["ar", "--steps=3"], "for diffusion"),
-                                         (["ar", "diffusion", "--infill=a ____"], "for diffusion")])
+                                         (["ar", "diffusion", "--infill=a ____"], "for diffusion"),
+                                         (["ar", "diffusion", "--half=x.pt"], "takes one run"),
+                                         (["ar", "--gif=none/x.gif", "--length=3"], "none/")])
 def test_errors_name_what_is_wrong(runs, capsys, monkeypatch, argv, named):
     monkeypatch.chdir(runs)
     assert watch.main(argv) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
+
+
+def test_a_gif_shows_every_forward_pass_of_both(runs, capsys, tmp_path):
+    both, how = [str(runs / "ar"), str(runs / "diffusion")], ["--num_samples=1", "--length=9", "--prompt=w1a"]
+    for name in ("a.gif", "b.gif"):
+        assert watch.main([*both, *how, f"--gif={tmp_path / name}"]) == 0
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+    assert "a.gif: 8 frames" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.gif") as film:
+        frames = [(frame.convert("RGB"), frame.info["duration"]) for frame in ImageSequence.Iterator(film)]
+    assert len(frames) == 8 and frames[-1][1] >= 2000  # before the first, after each of 6, and at rest
+    pale = [count(frame, watch.TO_COME["diffusion"]) for frame, _ in frames]
+    assert pale == sorted(pale, reverse=True) and pale[-1] < pale[0] / 20  # edges of letters have its colour, too
+    for colour in sample.COLOURS.values():  # the caption, and in between the token that is new
+        assert count(frames[3][0], colour) > count(frames[-1][0], colour) > 10_000
+
+
+def count(image, colour):
+    """How many pixels have a colour, give or take what the palette rounds."""
+    red, green, blue = ImageColor.getrgb(colour)
+    near = [abs(np.asarray(image)[..., i].astype(int) - c) <= 2 for i, c in enumerate((red, green, blue))]
+    return int((near[0] & near[1] & near[2]).sum())
+
+
+def test_the_slider_has_every_token_and_its_forward_pass():
+    ids = STRANGE.encode("a\u6f22b")
+    texts = {"ar": (ids, np.array([0, 1, 2])), "diffusion": (ids, np.array([0, 3, 1]))}
+    page = watch.stepper("here", STRANGE, texts, start=1)
+    spans = re.findall(r'<span data-when="(\d)">(.)</span>', page)
+    assert spans == [("0", "a"), ("1", "\u6f22"), ("2", "b"), ("0", "a"), ("3", "\u6f22"), ("1", "b")]
+    assert 'max="3" value="1"' in page and 'id="here"' in page and 'getElementById("here")' in page
+    assert all(colour in page for colour in sample.COLOURS.values()) and "http" not in page
+    markup = prepare.Tokenizer({"kind": "char", "characters": "<b>&"})
+    page = watch.stepper("x", markup, {"ar": (markup.encode("<b>&"), np.arange(4))})
+    assert "&lt;" in page and "&gt;" in page and "&amp;" in page
+
+
+def test_half_keeps_the_network_and_leaves_the_rest(runs, capsys, tmp_path):
+    full = load_checkpoint(runs / "ar" / "best.pt")
+    save_checkpoint(tmp_path / "best.pt", full | {
+        "average": {name: w + 1 for name, w in full["model"].items()}, "records": [{"epoch": 1}], "optimizers": []})
+    assert watch.main([str(tmp_path), f"--half={tmp_path / 'new' / 'half.pt'}"]) == 0
+    half = load_checkpoint(tmp_path / "new" / "half.pt")
+    assert set(half) == {"format", "config", "tokenizer", "state", "model"} and half["state"] == {"step": 7}
+    assert {w.dtype for w in half["model"].values()} == {torch.float16}
+    for name, w in model_from_checkpoint(half).state_dict().items():  # of the averaged weights
+        assert w.dtype == torch.float32 and torch.equal(w, (full["model"][name] + 1).half().float())
+
+
+def test_the_gif_of_the_readme_is_one():
+    with Image.open(watch.__file__.replace("watch.py", "results/writing.gif")) as film:
+        assert film.n_frames > 100 and film.size[0] == watch.PAGE
+    assert Path(film.filename).stat().st_size < 1_000_000
 
 
 def framed(text, width=12, tokenizer=STRANGE, now=99, when=None):
