@@ -8,7 +8,8 @@ The law is Muennighoff et al.'s (arXiv 2305.16264, eq. 5 and 6), and arXiv 2507.
 law is a dict of A, B, alpha, beta, E0, R_D and R_N: numbers, or float64 tensors (S,) for S laws side by side. It only
 ever falls with more epochs, so it can not follow an AR model that overfits; table() makes what to do of that a choice.
 
-At the end stands what notebooks share about measured losses: settings in words, likelihoods over orders, n-grams.
+At the end stands what notebooks share about measured losses: the crossings of two curves and the power law through
+them, settings in words, likelihoods over orders, n-grams.
 """
 
 import json
@@ -122,6 +123,24 @@ def worth_measured(rows):
                 found.append(r | {"worth": u * (v / u) ** share / r["U"]})
                 break
     return found
+
+
+def worth_table(rows):
+    """Print worth_measured of the rows of each objective, as the mean over U for each number of epochs and network.
+
+    Returns {objective: {(N, E): epochs of new text}}.
+    """
+    sizes, worth = sorted({row["N"] for each in rows.values() for row in each}), defaultdict(dict)
+    print(f"{'':22}worth in epochs of new text, for a network of")
+    print(f"{'':10} epochs " + "".join(f"{N:>12,}" for N in sizes) + "  parameters (-: no run to compare)")
+    for objective, each in rows.items():
+        measured = worth_measured(each)
+        for E in sorted({row["E"] for row in measured}):
+            of_size = {N: [row["worth"] for row in measured if (row["N"], row["E"]) == (N, E)] for N in sizes}
+            worth[objective] |= {(N, E): np.mean(found) for N, found in of_size.items() if found}
+            print(f"{objective:10} {E:6g} " +
+                  "".join(f"{np.mean(found):12.1f}" if found else f"{'-':>12}" for found in of_size.values()))
+    return dict(worth)
 
 
 class Fit(NamedTuple):
@@ -241,24 +260,6 @@ def fit(rows, bootstraps=0, seed=0):
     return Fit({key: value.item() for key, value in start.items()}, samples, r2.item(), residuals)
 
 
-def without_each(rows, law, key="U"):
-    """The law refitted without the runs of each U (or N, or E) in turn: {U: law}. Those that leave no fit are left out.
-
-    A bootstrap resamples runs as if they were independent. This shows what hangs on one group of them.
-    """
-    columns = N, U, E, y = [number([row[name] for row in rows]) for name in ("N", "U", "E", "loss")]
-    columns[3] = y.log()
-    group = number([row[key] for row in rows])
-    keep = {value: group != value for value in group.unique().tolist()}
-    keep = {value: k for value, k in keep.items() if min(len(c[k & (E == 1)].unique()) for c in (N, U)) >= 3}
-    start = {name: number(value) for name, value in law.items()}
-    if not keep:
-        return {}
-    weight, near = torch.stack([*keep.values()]).double(), {name: start[name] for name in SECOND}
-    laws = two_steps(columns, weight, [start], [near], rounds=2)
-    return {value: {name: x[i].item() for name, x in laws.items()} for i, value in enumerate(keep)}
-
-
 def interval(values, level=0.9):
     """The central interval of bootstrap values that are finite: (low, high)."""
     values = number(values)
@@ -303,34 +304,9 @@ def critical_compute(ar, diffusion, U, low=1e6, high=1e32):
     return C if C.dim() else None if C.isnan() else C.item()
 
 
-def power_law(C, U):
-    """(a, b) of log10 U = a log10 C + b by least squares, without the U that have no crossing; None below two."""
-    pairs = [(math.log10(c), math.log10(u)) for c, u in zip(C, U, strict=True) if c is not None and math.isfinite(c)]
-    if len(pairs) < 2:
-        return None
-    x, y = number(pairs).T
-    a = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-    return a.item(), (y.mean() - a * x.mean()).item()
-
-
 def line_compute(line, U):
     """C in FLOPs where log10 U = a log10 C + b. The paper's line is also 2.12e15 (U/1e6)^2.174: U in MILLIONS there."""
     return 10 ** ((math.log10(U) - line[1]) / line[0])
-
-
-def what_would_it_take(U, ar=None, diffusion=None, epochs=500):
-    """Compute, model size and epochs for diffusion to be as good as AR on U tokens: {"paper": ..., "ours": ...}.
-
-    The paper publishes a line but no A and B, so that its compute is cut into parameters for the `epochs` given (500 in
-    its best run). Our two laws give the best N and E themselves; "ours" is None without a crossing.
-    """
-    C = line_compute(PAPER_LINE, U)
-    answer = {"paper": {"C": C, "N": C / (6 * U * epochs), "E": float(epochs)}, "ours": None}
-    C = critical_compute(ar, diffusion, U) if ar and diffusion else None
-    if C is not None:
-        _, N, E = best_at(diffusion, U, C)
-        answer["ours"] = {"C": C, "N": N.item(), "E": E.item()}
-    return answer
 
 
 # ----- the crossings themselves, read off the curves
@@ -357,11 +333,17 @@ def measured_crossings(logs):
     return dict(found)
 
 
-def fit_critical(points, samples=2000):
-    """Fit C_crit = C (U / 4096)^b to points {U: FLOPs of each seed} by least squares in logarithms; NaNs are left out.
+def spread(flops):
+    """Those of an array that are not NaN in words: their geometric mean, the least and the greatest."""
+    flops = flops[np.isfinite(flops)]
+    return f"{np.exp(np.log(flops).mean()):.2e} [{flops.min():.1e}, {flops.max():.1e}]" if len(flops) else "none"
 
-    Returns ((b, low, high), (C, low, high)): with 90 % intervals from a bootstrap over the seeds of each U. Raises
-    ValueError below three U.
+
+def critical_laws(points, samples=2000):
+    """Power laws C (U / 4096)^b through points {U: FLOPs of each seed}: b and C, (1 + samples,) each.
+
+    The first is the least-squares fit to the mean of log FLOPs at each U, the others are fits to a bootstrap over the
+    seeds of each U. Seeds without a crossing (NaN) are left out. Raises ValueError below three U.
     """
     points = {U: np.array(C)[np.isfinite(C)] for U, C in points.items()}
     points = {U: np.log(C) for U, C in points.items() if len(C)}
@@ -370,8 +352,23 @@ def fit_critical(points, samples=2000):
     x, rng = np.log(np.array([*points]) / 4096), np.random.default_rng(0)
     fits = [np.polyfit(x, [draw(C).mean() for C in points.values()], 1)
             for draw in (lambda C: C, *[lambda C: rng.choice(C, len(C))] * samples)]
-    exponents, constants = np.array(fits).T
-    return tuple((row[0], *np.quantile(row[1:], (0.05, 0.95))) for row in (exponents, np.exp(constants)))
+    b, constants = np.array(fits).T
+    return b, np.exp(constants)
+
+
+def with_interval(values):
+    """The first of an array (..., 1 + samples), and the ends of the 90 % interval of the others: (3, ...)."""
+    return np.stack([values[..., 0], *np.quantile(values[..., 1:], (0.05, 0.95), axis=-1)])
+
+
+def fit_critical(points, samples=2000):
+    """C_crit = C (U / 4096)^b as critical_laws fits it: ((b, low, high), (C, low, high)), 90 % intervals."""
+    return tuple(tuple(with_interval(values)) for values in critical_laws(points, samples))
+
+
+def critical_at(laws, U):
+    """What critical_laws' (b, C) say of U unique tokens, a number or (n,): FLOPs, low, high as (3,) or (3, n)."""
+    return with_interval(laws[1] * (np.asarray(U)[..., None] / 4096) ** laws[0])
 
 
 # ----- beside the law: the settings of a run in words, likelihoods over orders, n-grams

@@ -103,21 +103,19 @@ def test_lbfgs_on_its_own_finds_nothing_lower(seed):
     assert ours.item() < huber().item() * 1.001
 
 
-def test_without_each_leaves_one_group_out():
-    rows = synthetic(AR, 0.0)
-    for r in rows:  # one group of runs that does not belong
-        r["loss"] *= 1.3 if r["U"] == 2**13 else 1
-    refitted = laws.without_each(rows, laws.fit(rows).law)
-    assert refitted[2**13]["R_D"] == pytest.approx(AR["R_D"], rel=0.05)
-    assert refitted[2**15]["R_D"] != pytest.approx(AR["R_D"], rel=0.05)
-    assert laws.without_each([r for r in rows if r["E"] > 1], AR) == {}
-
-
 def test_worth_measured_agrees_with_the_law_that_made_the_losses():
     found = laws.worth_measured(synthetic(TRUE | {"R_D": 31.0, "R_N": 1e9}, 0.0))
     assert {r["E"] for r in found} >= {4, 16}
     for r in found:  # straight lines between single-epoch runs at most 2x apart
         assert r["worth"] == pytest.approx(laws.epochs_worth(r["E"], 31.0).item(), rel=0.03)
+
+
+def test_the_table_of_worths_is_their_mean_over_the_texts(capsys):
+    rows = synthetic(TRUE | {"R_D": 31.0, "R_N": 1e9}, 0.0)
+    worth = laws.worth_table({"ar": rows})["ar"]
+    fours = [r["worth"] for r in laws.worth_measured(rows) if (r["N"], r["E"]) == (SIZES[0], 4)]
+    assert len(fours) > 1 and worth[SIZES[0], 4] == pytest.approx(sum(fours) / len(fours))
+    assert f"{worth[SIZES[-1], 16]:.1f}" in capsys.readouterr().out
 
 
 def test_crossing():
@@ -158,17 +156,6 @@ def test_the_papers_line_and_its_unit():
         assert laws.line_compute(laws.PAPER_LINE, millions * 1e6) == pytest.approx(C, rel=0.03)
         assert 2.12e15 * millions**2.174 == pytest.approx(C, rel=0.03)
         assert 2.12e15 * (millions * 1e6) ** 2.174 > 1e12 * C  # the trap: U in tokens
-    us = [1e5, 1e6, 1e7]
-    line = laws.power_law([laws.line_compute(laws.PAPER_LINE, U) for U in us], us)
-    assert line == pytest.approx(laws.PAPER_LINE)
-    assert laws.power_law([None, 1e9], [1, 2]) is None
-
-
-def test_the_calculator_spends_the_compute_it_names():
-    answer = laws.what_would_it_take(1e5, AR, DIFFUSION | {"B": 1500.0})
-    for part in answer.values():
-        assert 6 * part["N"] * 1e5 * part["E"] == pytest.approx(part["C"])
-    assert laws.what_would_it_take(1e5, AR, DIFFUSION | {"E0": 5.0})["ours"] is None
 
 
 def test_runs_that_can_not_be_fitted():
@@ -268,3 +255,17 @@ def test_a_power_law_is_recovered_with_its_interval():
     assert C_low < C < C_high and C == pytest.approx(3e11, rel=0.15)
     with pytest.raises(ValueError, match="takes 3"):
         laws.fit_critical({U: points[U] for U in (512, 1024, 16384)})
+
+
+def test_the_spread_leaves_out_what_does_not_cross():
+    assert laws.spread(np.array([1e9, math.nan, 4e9])) == "2.00e+09 [1.0e+09, 4.0e+09]"
+    assert laws.spread(np.array([math.nan])) == "none"
+
+
+def test_a_power_law_says_its_flops_at_any_u():
+    points = {U: [3e11 * (U / 4096) ** 1.5 * k for k in (0.9, 1.0, 1 / 0.9)] for U in (1024, 2048, 4096, 8192)}
+    many = laws.critical_laws(points, samples=200)
+    C, low, high = laws.critical_at(many, np.array([2048, 4096, 2**20]))
+    assert C == pytest.approx([3e11 * 0.5**1.5, 3e11, 3e11 * 256**1.5]) and (low < C).all() and (C < high).all()
+    assert high[2] / low[2] > high[0] / low[0]  # outside the range the interval grows
+    assert laws.critical_at(many, 4096) == pytest.approx(laws.fit_critical(points, samples=200)[1])
