@@ -1,0 +1,311 @@
+"""Beyond the loss: five choices made from held-out text, and what a run completes verbatim.
+
+    python notebooks/tasks.py out/pair-ar-s1 out/pair-diffusion-s1 --items=1000   best.pt and last.pt of both
+
+Each item is a block of T tokens. One or two words in its middle are as written in choice 0, and replaced in
+the others. The likeliest text is what the model chooses. The tasks:
+
+  invented   a word, or the same with two neighbouring letters swapped, which is no word of the corpus
+  letter     a word, or the same with one letter replaced by one that is drawn from the text
+  agreement  one word of a pair in PAIRS, or the other
+  order      two neighbouring words, or the same swapped
+  cloze      a word, or three others of as many tokens and like frequency in the training text
+  completed  no choice: the share of 8-token spans of training text (..., held out: of held-out text) written
+             verbatim at temperature 0. AR reads what is before them, diffusion both sides
+
+All choices of an item have as many tokens and differ in one span. In any model the difference of their log p
+is that of log p(span | the rest): AR is scored by the first, diffusion by the second. In agreement and cloze
+each word is the true one equally often, so that knowing how frequent words are is worth nothing. Gap filling,
+continuations and samplers that correct themselves are not here.
+
+It prints a line of JSON for each run, checkpoint and task. Lines of three scorers that are no networks come
+before the first run on a text: 4-gram and unigram, counted on its training tokens, and length (fewest bytes).
+
+  items, chance       how many there are, and the accuracy of who guesses
+  accuracy, interval  the share that is right, n equally likely choices counting 1/n; half its 95 % interval
+  found               a digit an item: 0 if wrong, n if the truth is among n equally likely choices, mostly 1
+  items_sha256        of the items: where it is the same, `found` can be compared item by item
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import re
+import shlex
+import sys
+from collections import Counter, defaultdict, namedtuple
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from laws import ngrams  # noqa: E402
+from model import UserError  # noqa: E402
+from probe import bar, conditional_nll, open_checkpoint  # noqa: E402
+from sample import sample_ar, told, unmask  # noqa: E402
+
+# Used where both have as many tokens: of the first five, which have not as many letters, only with BPE.
+PAIRS = (("a", "an"), ("is", "are"), ("was", "were"), ("has", "have"), ("this", "these"),
+         ("was", "are"), ("is", "be"), ("were", "been"), ("they", "them"), ("we", "us"), ("his", "him"))
+CHANCE = {"invented": 1 / 2, "letter": 1 / 2, "agreement": 1 / 2, "order": 1 / 2, "cloze": 1 / 4}
+Unit = namedtuple("Unit", "begin end text")  # ids[begin:end] are the text: a space and a word, or two of them
+
+
+def read_text(tokenizer, ids):
+    """ids (n,) as a str with a character for each byte, and where in it tokens begin and end, (n + 1,)."""
+    pieces = [tokenizer.pieces[i] for i in ids]
+    return b"".join(pieces).decode("latin-1"), np.cumsum([0, *map(len, pieces)])
+
+
+def find_units(tokenizer, ids, T, words):
+    """Where ids (n,) have `words` lower-case words in a row, in the middle of T tokens of a passage: Units.
+
+    No tokenizer here has a token that reaches from one word into the next. So if another word takes the place
+    of one, all tokens around it stay as they are.
+    """
+    text, starts = read_text(tokenizer, ids)
+    found = list(re.finditer(rf"(?=((?: [a-z]+){{{words}}})[ ,.;:!?\n])", text))
+    passage = np.cumsum(ids == tokenizer.eot)
+    begin = np.searchsorted(starts, [match.start(1) for match in found])
+    end = np.searchsorted(starts, [match.end(1) for match in found])
+    units = []
+    for match, a, b in zip(found, begin.tolist(), end.tolist(), strict=True):
+        first, whole = (a + b - T) // 2, starts[a] == match.start(1) and starts[b] == match.end(1)
+        inside = 0 <= first and first + T <= len(ids) and b - a <= T // 2
+        if whole and inside and passage[first] == passage[first + T - 1]:
+            units.append(Unit(a, b, match[1]))
+    return units
+
+
+def swapped_letters(unit, known, encode, rng):
+    """The word, if of 4 letters or more, with two neighbours swapped so that it is not known: a list."""
+    text, length = unit.text, unit.end - unit.begin
+    options = [text[:i] + text[i + 1] + text[i] + text[i + 2:] for i in range(1, len(text) - 1)]
+    options = [other for other in options if other[1:] not in known and len(encode(other)) == length]
+    return [str(rng.choice(options))] if len(text) > 4 and options else []
+
+
+def other_letter(unit, units, rng):
+    """The word with one letter replaced: a list. Both letters are drawn alike, neither is more frequent."""
+    i, other = rng.integers(1, len(unit.text)), units[rng.integers(len(units))].text
+    return [unit.text[:i] + other[rng.integers(1, len(other))] + unit.text[i + 1:]]
+
+
+def cloze_groups(counts, found):
+    """Fours of the 1,000 most frequent words, of as many tokens, none 1.5 times as frequent as another."""
+    alike, groups = defaultdict(list), []
+    for word, _ in counts.most_common(1000):
+        if word in found:
+            alike[found[word][0].end - found[word][0].begin].append(word)
+    for words in alike.values():
+        fours = (words[i:i + 4] for i in range(0, len(words) - 3, 4))
+        groups += [four for four in fours if counts[four[0]] <= 1.5 * counts[four[3]]]
+    return groups
+
+
+def balanced(groups, found):
+    """Yield (unit, the other words of its group), each unit once, in rounds of every word of each group."""
+    left, before = {word: list(units) for word, units in found.items()}, None
+    while before != (before := sum(map(len, left.values()))):  # until a round finds nothing
+        for group in groups:
+            if all(left.get(word) for word in group):
+                for word in group:
+                    yield left[word].pop(), [f" {other}" for other in group if other != word]
+
+
+def make(data, split, T, items=1000, seed=0):
+    """The items of each task: {task: (Q, K, T) ids}, Q <= items, choice 0 is what is written there.
+
+    The same arguments give the same items. Raises UserError where the text has none for a task.
+    """
+    ids, (rng, *rngs) = np.asarray(data.splits[split], dtype=np.int64), np.random.default_rng(seed).spawn(3)
+    counts = {name: Counter(re.findall("[a-z]+", read_text(data.tokenizer, part)[0].lower()))
+              for name, part in data.splits.items()}
+    known, encode = set().union(*counts.values()), functools.cache(data.tokenizer.encode)
+    units, pairs = (find_units(data.tokenizer, ids, T, words) for words in (1, 2))
+    units, pairs = ([some[i] for i in rng.permutation(len(some))] for some in (units, pairs))
+    found = defaultdict(list)  # {word: its units}
+    for unit in units:
+        found[unit.text[1:]].append(unit)
+    length = {word: some[0].end - some[0].begin for word, some in found.items()}
+    groups = cloze_groups(counts["train"], found)
+    asked = {"invented": ((unit, swapped_letters(unit, known, encode, rngs[0])) for unit in units),
+             "letter": ((unit, other_letter(unit, units, rngs[1])) for unit in units),
+             "agreement": balanced([(a, b) for a, b in PAIRS if length.get(a) == length.get(b)], found),
+             "order": ((pair, [" " + " ".join(reversed(pair.text.split()))]) for pair in pairs),
+             "cloze": balanced([groups[i] for i in rng.permutation(len(groups))], found)}
+    made = {}
+    for task, questions in asked.items():
+        blocks, K = [], round(1 / CHANCE[task])
+        for unit, others in questions:
+            texts = [encode(text) for text in dict.fromkeys([unit.text, *others])]  # each once
+            if len(texts) == K and all(len(text) == unit.end - unit.begin for text in texts):
+                first = (unit.begin + unit.end - T) // 2
+                block = np.tile(ids[first:first + T], (K, 1))  # (K, T)
+                block[:, unit.begin - first:unit.end - first] = texts
+                blocks.append(block)
+            if len(blocks) == items:
+                break
+        if not blocks:
+            raise UserError(f"the split {split!r} has no text for the task {task!r} in blocks of {T} tokens")
+        made[task] = np.array(blocks)
+    return made
+
+
+def score(model, blocks, batch=64):
+    """-log p in nats of the choices of items (Q, K, T), less a term that those of an item share: (Q, K).
+
+    AR: the exact -log p of the block, without the tokens before the first that differs, which all share.
+    Diffusion: that of the span that differs given all other tokens, by the chain rule from left to right.
+    """
+    x, (Q, K), device = torch.from_numpy(blocks), blocks.shape[:2], model.embed.weight.device
+    differs = (x != x[:, :1]).any(1)  # (Q, T)
+    target = differs.cumsum(1) > 0  # from the first that differs
+    if model.config.objective == "diffusion":
+        target &= differs.flip(1).cumsum(1).flip(1) > 0  # to the last
+    nll = torch.zeros(Q, K, dtype=torch.float64)
+    alike = target.sum(1).argsort(stable=True)  # spans of one length together: a forward pass for each token
+    for part in bar(alike.split(max(1, batch // K)), "choices"):
+        rows = x[part].flatten(0, 1).to(device), target[part].repeat_interleave(K, 0).to(device)  # (rows, T)
+        nll[part] = conditional_nll(model, *rows).view(-1, K)
+    return nll.numpy()
+
+
+def score_ngrams(tokens, blocks, V, n=4):
+    """As score, by the n-grams (n <= 4) of the training tokens (U,): laws.ngrams. (Q, K)"""
+    T = blocks.shape[2]
+    near = blocks[:, :, max(0, T // 4 - 3):3 * T // 4 + 3]  # the spans, and what sees them or is seen
+    nll = ngrams(tokens.tolist(), near.reshape(-1, near.shape[2]).tolist(), V, n)
+    return (nll * near.shape[2]).reshape(blocks.shape[:2])
+
+
+def points(nll):
+    """1/n where choice 0 is among the n likeliest by their -log p (Q, K), else 0: (Q,)."""
+    best = np.isclose(nll, nll.min(1, keepdims=True), rtol=0, atol=1e-6)
+    return best[:, 0] / best.sum(1)
+
+
+@torch.no_grad()
+def completed(model, ids, N=512, n=8, seed=0):
+    """Which of N spans of n tokens of ids (U,) a model writes verbatim at temperature 0: (N,) of 1 and 0.
+
+    The span is in the middle of a block. AR reads what is before it; diffusion what follows, too.
+    """
+    V, T, device = model.config.vocab_size, model.config.block_size, model.embed.weight.device
+    ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+    starts = torch.from_numpy(np.random.default_rng(seed).integers(0, len(ids) - T + 1, N))
+    begin, found = (T - n) // 2, []
+    for some in bar(starts.split(64), "completed"):
+        x = ids[some[:, None] + torch.arange(T)].to(device)  # (B, T)
+        if model.config.objective == "ar":
+            written = sample_ar(model, x[:, :begin], begin + n, temperature=0)[0]  # [AR]
+        else:
+            masked = torch.cat((x[:, :begin], torch.full_like(x[:, :n], V), x[:, begin + n:]), dim=1)
+            written = unmask(model, masked, order="left", temperature=0)[0]  # [DIFFUSION]
+        found.append((written[:, begin:begin + n] == x[:, begin:begin + n]).all(1).cpu())
+    return torch.cat(found).double().numpy()
+
+
+def mean_interval(values):
+    """The mean of (Q,) points and half its 95 % interval, which is never 0: one more may be different."""
+    return values.mean(), 1.96 * math.sqrt(max(values.var(), 1 / len(values)**2) / len(values))
+
+
+def compare(a, b):
+    """The mean of a - b over items, both (seeds, Q) points on the same items, and half its 95 % interval.
+
+    Seeds are averaged first: the interval is over other items, not over other seeds.
+    """
+    return mean_interval(np.mean(a, 0) - np.mean(b, 0))
+
+
+def read(path):
+    """The lines that this program wrote: {(data, run without its seed, checkpoint, task): (seeds, Q) points}.
+
+    Raises ValueError where lines of one data and task did not meet the same items.
+    """
+    found, items = defaultdict(dict), {}
+    for row in map(json.loads, Path(path).read_text().splitlines()):
+        if items.setdefault((row["data"], row["task"]), row["items_sha256"]) != row["items_sha256"]:
+            raise ValueError(f"{path}: {row['run']} met other items of {row['task']!r} than the lines before")
+        name, each = Path(row["run"]).name, np.array([int(digit) for digit in row["found"]])
+        key = row["data"], re.sub(r"-s\d+$", "", name), row["checkpoint"], row["task"]
+        found[key][name] = (each > 0) / np.maximum(each, 1)
+    return {key: np.array([*seeds.values()]) for key, seeds in found.items()}
+
+
+def record(task, points, items, **more):
+    """What a line tells of a task, see above. items: an array that tells which they are."""
+    accuracy, interval = mean_interval(points)
+    found = "".join(str(round(1 / p)) if p else "0" for p in points)
+    return {"task": task, "items": len(points), "chance": CHANCE.get(task, 0), "accuracy": round(accuracy, 4),
+            "interval": round(interval, 4), **more, "found": found,
+            "items_sha256": hashlib.sha256(np.ascontiguousarray(items)).hexdigest()[:16]}
+
+
+def without_network(opened, made):
+    """Yield the records of scorers that are no networks, with the texts of the first item of each task."""
+    tokenizer, V = opened.data.tokenizer, opened.data.tokenizer.vocab_size
+    size = np.array([len(piece) for piece in tokenizer.pieces])  # (V,) bytes
+    for task, blocks in made.items():
+        T = blocks.shape[2]
+        example = [tokenizer.decode(choice[T // 2 - T // 6:T // 2 + T // 6]) for choice in blocks[0]]
+        scores = {"4-gram": score_ngrams(opened.tokens, blocks, V), "length": size[blocks].sum(2),
+                  "unigram": score_ngrams(opened.tokens, blocks, V, 1)}
+        for name, nll in scores.items():
+            yield {"run": name, "checkpoint": None} | record(task, points(nll), blocks, example=example)
+
+
+def with_network(opened, made):
+    """Yield the record of each task for an open checkpoint."""
+    about = {"run": opened.run, "checkpoint": opened.checkpoint, "step": opened.step}
+    held_out = opened.data.splits[opened.config["split"]]
+    with opened.context():
+        for task, blocks in made.items():
+            yield about | record(task, points(score(opened.model, blocks)), blocks)
+        for task, ids in (("completed", opened.tokens), ("completed, held out", held_out)):
+            yield about | record(task, completed(opened.model, ids), np.asarray(ids))
+
+
+def print_tasks(argv=None):
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(usage="python notebooks/tasks.py RUN [RUN ...] [FLAGS]",
+                                     description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory")
+    parser.add_argument("--items", metavar="Q", type=int, default=1000, help="of each task, at most [1000]")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="one of them only [both]")
+    args = parser.parse_args(argv)
+    if args.items < 2:
+        parser.error(f"--items={args.items}: an interval takes at least 2")
+    command = shlex.join(["python", "notebooks/tasks.py", *(sys.argv[1:] if argv is None else argv)])
+    made, counted = {}, set()
+    for run in args.runs:
+        step = None
+        for name in [args.checkpoint] if args.checkpoint else ["best", "last"]:
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for JSON
+                opened = open_checkpoint(run, name, split="val")
+            if opened.step == step:
+                continue  # the last network is the best
+            T, U, step = opened.config["block_size"], len(opened.tokens), opened.step
+            text = opened.config["data_sha256"], T
+            if text not in made:
+                made[text] = make(opened.data, "val", T, args.items)
+            first = [] if (text, U) in counted else without_network(opened, made[text])
+            counted.add((text, U))
+            about = {"data": Path(opened.config["data"]).name, "unique_tokens": U, "command": command}
+            for row in itertools.chain(first, with_network(opened, made[text])):
+                print(json.dumps(row | about), flush=True)
+
+
+def main(argv=None):
+    return told(print_tasks, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
