@@ -278,7 +278,7 @@ def orthogonal(x, coefficients, steps, eps):
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
     x = (x.mT if tall else x).bfloat16()  # (n, the smaller side, the larger)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):  # x <- a x + (b G + c G^2) x with G = x x^T
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
