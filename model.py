@@ -382,9 +382,9 @@ def choose_device(name="auto", dtype="auto"):
         elif torch.backends.mps.is_available() and processes()[1] == 1:  # it can not be shared by several
             name, why = "mps", "PyTorch sees Apple's GPU"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
             raise RuntimeError("choose cpu, cuda or mps")
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name}: {str(error).splitlines()[0]}; try --device=auto") from None

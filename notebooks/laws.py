@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample  # noqa: E402
-from sample import crossing  # noqa: E402, F401  the notebooks take it from here
+from sample import crossing  # noqa: E402
 
 # Published as A = 521, B = 1488, alpha = beta = 0.353, E0 = 1.87, R_D = 15.39, R_N = 5.31. Those give 2.2236 for their
 # check value L(6.34e9, 242e9 tokens of 25e9 unique) = 2.2256; the digits below give it.
@@ -260,12 +260,6 @@ def fit(rows, bootstraps=0, seed=0):
     return Fit({key: value.item() for key, value in start.items()}, samples, r2.item(), residuals)
 
 
-def interval(values, level=0.9):
-    """The central interval of bootstrap values that are finite: (low, high)."""
-    values = number(values)
-    return tuple(values[values.isfinite()].quantile(number([(1 - level) / 2, (1 + level) / 2])).tolist())
-
-
 def best_at(law, U, C):
     """What C = 6 N U E FLOPs buy at best with U unique tokens: (loss, N, E), by a search over log N that narrows."""
     law = {key: number(value)[..., None] for key, value in law.items()}
@@ -359,11 +353,6 @@ def critical_laws(points, samples=2000):
 def with_interval(values):
     """The first of an array (..., 1 + samples), and the ends of the 90 % interval of the others: (3, ...)."""
     return np.stack([values[..., 0], *np.quantile(values[..., 1:], (0.05, 0.95), axis=-1)])
-
-
-def fit_critical(points, samples=2000):
-    """C_crit = C (U / 4096)^b as critical_laws fits it: ((b, low, high), (C, low, high)), 90 % intervals."""
-    return tuple(tuple(with_interval(values)) for values in critical_laws(points, samples))
 
 
 def critical_at(laws, U):

@@ -296,18 +296,21 @@ def print_measures(argv=None):
     parser.add_argument("--split", choices=("val", "tune"), help="held-out split [the run's own]")
     parser.add_argument("--only", choices=MEASURES, action="append", help="measure this alone; repeatable")
     parser.add_argument("--orders", metavar="K", type=int, default=0, help="orders; AR: dropout masks [0]")
-    parser.add_argument("--ensemble", action="store_true", help="the loss of all runs (best.pt) as one network")
+    parser.add_argument("--ensemble", action="store_true", help="the loss of all runs as one network [best]")
     parser.add_argument("--device", help="auto, cpu, cuda, ... [the run's own]")
     parser.add_argument("--data", metavar="FOLDER", help="where the data of the runs lie now [where they lay then]")
     args = parser.parse_args(argv)
     what = args.only or [*MEASURES][:4 if args.orders else 3]
     if args.orders < 0 or ("orders" in what) != (args.orders > 0):
         parser.error("--only=orders and --orders=K, with K of at least 1, go together")
+    if args.ensemble and (args.only or args.orders):
+        parser.error("--ensemble measures the loss alone: leave out --only and --orders")
     command = shlex.join(["python", "notebooks/probe.py", *(sys.argv[1:] if argv is None else argv)])
     if args.ensemble:
+        name, other = args.checkpoint or "best", {"split": args.split, "device": args.device, "data": args.data}
         with contextlib.redirect_stdout(sys.stderr):
-            opened = [open_checkpoint(run, split=args.split, device=args.device, data=args.data) for run in args.runs]
-            row = {"run": [*map(str, args.runs)], "checkpoint": "best", "split": opened[0].config["split"],
+            opened = [open_checkpoint(run, name, **other) for run in args.runs]
+            row = {"run": [*map(str, args.runs)], "checkpoint": name, "split": opened[0].config["split"],
                    **score_together(opened), "command": command}
         print(json.dumps(row), flush=True)
         return

@@ -342,3 +342,8 @@ def test_the_command_scores_an_ensemble(folder, data, capsys):
     assert row["run"] == [str(folder / "ar")] * 2 and math.isclose(row["loss"], alone["val_loss"], rel_tol=1e-5)
     with pytest.raises(UserError, match="differ in objective"):
         probe.print_measures([str(folder / "ar"), str(folder / "diffusion"), "--ensemble"])
+    with pytest.raises(SystemExit):
+        probe.print_measures([str(folder / "ar"), "--ensemble", "--only=choice"])
+    assert "leave out --only" in capsys.readouterr().err
+    probe.print_measures([str(folder / "ar"), "--ensemble", "--checkpoint=last"])
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == "last"
