@@ -7,11 +7,13 @@ A block is T tokens x_1..x_T from a vocabulary of V. Both losses are -log p of a
   diffusion  draw k from 1..T, mask k of the tokens, predict these from the rest:
              loss = E_k E_mask 1/k sum_masked -log p(x_i | the unmasked)          an upper bound, the NELBO
 
+These are what evaluate reports. In training blocks with few masks weigh less by default: train.draw_mask.
+
 The NELBO of arXiv 2507.15857, eq. 3, draws t from (0, 1), masks each token with probability t, and weighs the
-sum over the masked by 1/(t T). Over t, t^k (1-t)^(T-k) / (t T) integrates to 1/T * 1/binomial(T, k) * 1/k: k
-is uniform on 1..T, all masks of k tokens are alike, and 1/k makes the sum a mean. So the two are equal, and
-drawing k itself has far less noise. Both are also the mean loss over all T! orders of unmasking the tokens
-one by one.
+sum over the masked by 1/(t T). A given mask of k tokens has the chance t^k (1-t)^(T-k); times its weight, and
+integrated over t, that is 1/T * 1/binomial(T, k) * 1/k. So k is uniform on 1..T, all masks of k tokens are
+alike, and 1/k makes the sum a mean: the two are equal, and drawing k itself has far less noise. Both are also
+the mean loss over all T! orders of unmasking the tokens one by one.
 
 The network is the same for both. Its embedding has one row more than V: [MASK] for diffusion, the start
 symbol for AR. It gives V logits, so this extra token is never predicted. The lines that differ between the
@@ -36,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 FORMAT = "ambigpt-checkpoint-1"
-MAX_LOGITS = 2**27  # kept for the backward pass at most, half a gigabyte: see GPT.nll
+MAX_LOGITS = 2**27  # half a gigabyte: more of them are computed in parts, and again in the backward pass
 CPU_LOGITS = 2**21  # computed at a time on a CPU: more would not fit its caches
 
 
@@ -55,13 +57,13 @@ class GPTConfig:
     n_head: int = 2
     n_embd: int = 128  # C
     dropout: float = 0.0
-    rope_base: float = 20.0  # small, so that near positions differ: a masked token has nothing else to go by
+    rope_base: float = 20.0  # wavelengths up to 2 pi 20 tokens; a masked token knows its place by them alone
 
     def __post_init__(self):
         if self.objective not in ("ar", "diffusion"):
             raise UserError(f"unknown objective {self.objective!r}: choose ar or diffusion")
         for name, low in (("vocab_size", 1), ("block_size", 1), ("n_layer", 1), ("n_head", 1), ("n_embd", 1),
-                          ("dropout", 0), ("rope_base", 1.001)):
+                          ("dropout", 0), ("rope_base", 1.01)):
             if not getattr(self, name) >= low:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {low}")
         if self.dropout >= 1:
@@ -76,7 +78,7 @@ class GPTConfig:
 def rotate(x, cos, sin):
     """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (..., T, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)  # (B, H, T, D/2)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # else bf16 would become float32, and attention turn it back
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # else bf16 would become float32, and bf16 again
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
@@ -98,6 +100,7 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)  # (B, H, P+T, D)
             cache[:] = k, v
+        # With a filled cache T is 1: this token is the last and may see all.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T == k.shape[2],
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
@@ -139,8 +142,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
-        head = config.n_embd // config.n_head  # D
-        frequency = config.rope_base ** (-torch.arange(0, head, 2) / head)  # (D/2,)
+        D = config.n_embd // config.n_head
+        frequency = config.rope_base ** (-torch.arange(0, D, 2) / D)  # (D/2,)
         angle = torch.outer(torch.arange(config.block_size), frequency)  # (T, D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -149,11 +152,21 @@ class GPT(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def ar_loss(self, x, noisy):  # [AR]
-        """The mean over all T tokens of -log p(x_i | x_<i), (B,) in nats per token. Exact.
+    def forward(self, x, mask=None, keep=None, noisy=None):
+        """The loss of each block under the network's objective, (B,) in nats per token.
 
-        x: (B, T) what is predicted; noisy: (B, T) what is read: x, unless some tokens are replaced.
+        x: (B, T) token ids in 0..V-1, to predict. noisy: (B, T) what is read: x, or a copy with some tokens
+        replaced (train.py's --replace). mask (diffusion): (B, T) bool. keep: (M,) the positions to score,
+        where the flattened mask is True; a GPU would stall to find them, the caller may know them.
         """
+        noisy = x if noisy is None else noisy
+        if self.config.objective == "ar":
+            return self.ar_loss(x, noisy)  # [AR]
+        keep = mask.flatten().nonzero().squeeze(1) if keep is None else keep
+        return self.diffusion_loss(x, noisy, mask, keep)  # [DIFFUSION]
+
+    def ar_loss(self, x, noisy):  # [AR]
+        """The mean over all T tokens of -log p(x_i | x_<i), (B,) in nats per token. Exact."""
         past = F.pad(noisy[:, :-1], (1, 0), value=self.config.vocab_size)  # (B, T): start, x_1..x_{T-1}
         nll = self.nll(self.hidden(past).flatten(0, 1), x.flatten())  # (B T,)
         return nll.view(x.shape).mean(1)
@@ -161,26 +174,13 @@ class GPT(nn.Module):
     def diffusion_loss(self, x, noisy, mask, keep):  # [DIFFUSION]
         """The mean over its k masked tokens of -log p(x_i | the unmasked), (B,) in nats per token.
 
-        With k uniform on 1..T its expectation is the NELBO, an upper bound on -log p of the block. x, noisy:
-        (B, T) as above; mask: (B, T) bool; keep: (M,) where the flattened mask is True.
+        With k uniform on 1..T its expectation is the NELBO, an upper bound on -log p of the block.
         """
         masked = noisy.masked_fill(mask, self.config.vocab_size)  # (B, T): [MASK] is the extra token
         nll = self.nll(self.hidden(masked, keep=keep), x.flatten()[keep])  # (M,) of the masked tokens alone
         row = keep // x.shape[1]  # (M,) the block that each masked token is in
-        k = mask.sum(1).clamp(min=1)  # (B,); a block without masks has nothing to score and counts 0
-        return nll.new_zeros(len(x)).index_add(0, row, nll / k[row])
-
-    def forward(self, x, mask=None, keep=None, noisy=None):
-        """The loss of each block under the network's objective, (B,) in nats per token.
-
-        x: (B, T) token ids in 0..V-1. mask (diffusion): (B, T) bool. keep: (M,) where it is True, if known: a
-        GPU would have to wait for the answer. noisy: (B, T) what is read in place of x, if not x.
-        """
-        noisy = x if noisy is None else noisy
-        if self.config.objective == "ar":
-            return self.ar_loss(x, noisy)  # [AR]
-        keep = mask.flatten().nonzero().squeeze(1) if keep is None else keep
-        return self.diffusion_loss(x, noisy, mask, keep)  # [DIFFUSION]
+        k = mask.sum(1)  # (B,)
+        return nll.new_zeros(len(x)).index_add(0, row, nll / k[row])  # a block without masks counts 0
 
     def rotation(self, start, T):
         """cos and sin of the rotary angles of positions start..start+T-1, both (T, D/2)."""
@@ -190,11 +190,11 @@ class GPT(nn.Module):
         """Token ids (B, T) in 0..V to final hidden states (B, T, C).
 
         keep: (M,) positions in the flattened idx whose states (M, C) are all that is wanted. cache (AR): an
-        empty list for each block, which keeps what attention needs. In later calls idx is one token (B, 1).
+        empty list for each block, which keeps what attention needs; idx is then one more token (B, 1) a call.
         """
         start = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens in the cache
         cos, sin = self.rotation(start, idx.shape[1])
-        x = self.drop(self.embed(idx.to(self.embed.weight.device)))  # (B, T, C); see sample.drawing_device
+        x = self.drop(self.embed(idx.to(self.embed.weight.device)))  # (B, T, C); samples may lie on the CPU
         for block, own_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, cos, sin, own_cache, keep if block is self.blocks[-1] else None)
         return self.norm(x)
@@ -230,7 +230,7 @@ class GPT(nn.Module):
 def make_optimizers(model, optimizer, lr, weight_decay):
     """AdamW as in the paper, or Muon for the matrices of the blocks with AdamW for the rest; a list.
 
-    Raises ValueError with the names of the parameters that no group takes.
+    Raises ValueError with the names of the parameters that no group takes: neither matrix nor vector.
     """
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")]
@@ -243,7 +243,7 @@ def make_optimizers(model, optimizer, lr, weight_decay):
     optimizers = [torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
                                      {"params": vectors, "weight_decay": 0.0}],
                                     lr=lr, betas=(0.9, 0.95), fused=True)]
-    if optimizer == "muon":  # updates of the size of AdamW's, so that one learning rate serves both
+    if optimizer == "muon":
         optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
@@ -251,7 +251,7 @@ def make_optimizers(model, optimizer, lr, weight_decay):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with all matrices of a shape at a time, which is twice as fast.
 
-    It makes the updates of adjust_lr_fn="match_rms_adamw" (arXiv 2502.16982), of the size of AdamW's.
+    Its updates are of the size of AdamW's (match_rms_adamw, arXiv 2502.16982): one learning rate serves both.
     """
 
     @torch.no_grad()
@@ -291,12 +291,12 @@ def orthogonal(x, coefficients, steps, eps):
 def uniform_k(B, T, generator):  # [DIFFUSION]
     """How many tokens of each of B blocks to mask, (B,): uniform on 1..T.
 
-    The blocks come in pairs of k and T+1-k, and the pairs are spread evenly over 1..T. That leaves the
-    distribution of each k alone, makes the loss far less noisy, and masks exactly B(T+1)/2 tokens of an even
-    batch, so that shapes stay fixed.
+    One u is drawn in each of B/2 equal parts of [0, 1/2). It gives a pair of blocks k = 1 + floor(u T) and
+    T+1-k. That leaves the distribution of each k alone, makes the loss far less noisy, and masks exactly
+    B(T+1)/2 tokens of an even batch, so that shapes stay fixed.
     """
     pairs = (B + 1) // 2
-    stratum = torch.randperm(pairs, generator=generator).double()  # one pair for each part of the range
+    stratum = torch.randperm(pairs, generator=generator).double()  # the part of each pair
     u = torch.rand(pairs, generator=generator, dtype=torch.float64)
     u = (stratum + u) / (2 * pairs)  # in [0, 1/2)
     low = 1 + (u * T).long()  # the smaller k of the pair
@@ -306,8 +306,9 @@ def uniform_k(B, T, generator):  # [DIFFUSION]
 
 
 def mask_k(k, T, generator):  # [DIFFUSION]
-    """Masks (B, T) bool with k (B,) masked positions, chosen uniformly."""
-    return torch.rand(len(k), T, generator=generator).argsort(1).argsort(1) < k[:, None]  # ranks under k
+    """Masks (B, T) bool with k (B,) masked positions: those of the k lowest of T random numbers."""
+    rank = torch.rand(len(k), T, generator=generator).argsort(1).argsort(1)  # (B, T), 0 for the lowest
+    return rank < k[:, None]
 
 
 # ----- evaluation: the number that every run reports, with masks that training has no hand in
@@ -328,11 +329,11 @@ def evaluate(model, blocks, draws=2, seed=0, batch_size=32):
     masks = [mask_k(uniform_k(N, T, generator), T, generator) for _ in range(draws)]  # [DIFFUSION]
     k = torch.stack([mask.sum(1) for mask in masks], dim=1)  # (N, draws)
     even = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) what uniform_k spreads over 1..T, in ascending order
-    far = (k.sort(0).values - even[:, None]).abs().max() > 2 * T / N + 1
+    far = (k.sort(0).values - even[:, None]).abs().max() > 2 * T / N + 1  # the width of a part, and rounding
     pairs = k[:N // 2 * 2].view(N // 2, 2, draws).sum(1)  # of k and T+1-k
-    if far or (pairs != T + 1).any() or k.min() < 1 or k.max() > T:
-        raise ValueError("evaluate got masks whose k is not uniform on 1..T, as uniform_k has it: leave it "
-                         "as it is, or val_loss is no bound; a training schedule goes into train.draw_mask")
+    if far or (pairs != T + 1).any() or k.min() < 1:
+        raise ValueError("evaluate got masks whose k is not uniform on 1..T, and val_loss would be no bound: "
+                         "leave uniform_k and mask_k alone; a training schedule goes into train.draw_mask")
     loss = torch.stack([block_losses(model, blocks, mask, batch_size) for mask in masks], dim=1)  # (N, draws)
     return loss.mean().item(), standard_error(loss, k)
 
@@ -413,7 +414,7 @@ def settle_threads(work, most):
     while threads > 1 and "OMP_NUM_THREADS" not in os.environ:
         work()  # the first takes longer
         half, tries = min(seconds(threads // 2) for _ in range(2)), []
-        while len(tries) < 3 and sum(tries) < 3 * half:  # more of them would be slower, however they end
+        while len(tries) < 3 and sum(tries) < 3 * half:  # beyond that, three can not be faster any more
             tries.append(seconds(threads))
         if sum(tries) < 0.95 * 3 * half:
             break
@@ -427,7 +428,7 @@ def precision(device, dtype):
     if dtype == torch.float32:
         yield
         return
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for the plain products below
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for the CPU's products, too
     # On a CPU plain matrix products: the backward pass of the fused attention would take 3 times longer.
     kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with torch.autocast(device.type, dtype), kernel:

@@ -227,7 +227,7 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
     ratio = splits["val"]["tokens"] / sum(len(text.decode()) for _, text in pieces["val"])
     if ratio > 1.1 and coder.kind != "char":
         print(f"A character takes {ratio:.1f} tokens: try --tokenizer=char or a larger --vocab_size")
-    print(f"{folder} has a {coder.kind} vocabulary of {coder.vocab_size}.", next_step(folder, inputs, splits))
+    print(f"{folder} has a {coder.kind} vocabulary of {coder.vocab_size}.", next_step(folder, splits))
     return meta
 
 
@@ -409,12 +409,20 @@ def replacing(folder, asked=None):
         raise DataError(f"cannot make {folder} ({error}): try again, or choose another --out") from error
 
 
-def next_step(folder, own, splits):
+def is_own(folder):
+    """Whether a folder holds a person's own text (--input): then train.py takes all of it by default."""
+    with contextlib.suppress(OSError):
+        meta = Path(os.path.expanduser(folder), "meta.json").read_text("utf-8", "replace")
+        return '"dataset": "input-' in meta
+    return False
+
+
+def next_step(folder, splits):
     """The command to go on with, with the flags it takes where the defaults of train.py do not fit."""
     U, *held_out = [part["tokens"] for part in splits.values()]
     if U < 16 * 128 or min(held_out) < 128:  # of --preset=laptop
         return f"Too short to train on ({U} tokens): it takes 2,048 in train and 128 each in val and tune."
-    whole = " --unique_tokens=0" if own or U < 65_536 else ""
+    whole = " --unique_tokens=0" if U < 65_536 and not is_own(folder) else ""
     small = " --preset=laptop" if U < 64 * 256 or min(held_out) < 256 else ""  # than --preset=gpu takes
     return f"Next:\n  python train.py --data={shlex.quote(str(folder))} --objective=diffusion{whole}{small}"
 

@@ -43,7 +43,7 @@ FLAGS = {
     # name: (type, laptop, gpu, what is allowed: the choices or the least value, help)
     "objective": (str, "diffusion", "diffusion", ("ar", "diffusion"), "to predict next or masked tokens"),
     "data": (str, "data/sotu-bpe512", "data/sotu-bpe4096", None, "folder that prepare.py made"),
-    "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens only; 0: on all"),
+    "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens; 0: on all, as for your own text"),
     "epochs": (float, 100.0, 200.0, 1e-6, "how often to go through the unique tokens"),
     "seed": (int, 1, 1, 0, "of the weights, the order of the data, the masks and dropout"),
     "n_layer": (int, 4, 12, 1, "transformer blocks"),
@@ -58,7 +58,7 @@ FLAGS = {
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
     "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
     "mask_weight": (float, 1.5, 1.5, 0, "a masked token weighs min(1/t, this) in training; 0: just 1/t"),
-    "ema": (float, 0.2, 0.2, 0, "EMA of the weights, over about this share of the steps so far; 0: none"),
+    "ema": (float, 0.2, 0.2, 0, "EMA of the weights: the last share of the steps that it spans; 0: none"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, ..."),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all"),
     "final_draws": (int, 24, 8, 2, "mask draws a block after the last step (diffusion); before it, 2"),
@@ -74,16 +74,17 @@ BEFORE = {"batch": "get_batch", "replace": 0.0, "final_draws": 24, "init": "", "
 
 
 def derive(seed, purpose, *index):
-    """A 64-bit seed for one purpose at one place (an epoch or a step), independent of every other."""
+    """A 63-bit seed for one purpose at one place (an epoch or a step), independent of every other."""
     words = [seed, int.from_bytes(purpose.encode(), "big"), *index]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed, epoch, U, T):
-    """Where the blocks of an epoch start, (U // T,): a permutation of the blocks, cut at a random offset.
+    """Where the blocks of an epoch start, (U // T,), in random order.
 
-    The unique tokens are a ring: every epoch has the same number of blocks and every token the same chance.
+    The unique tokens are a ring, cut into blocks from a random offset on: every epoch has the same number of
+    blocks and every token the same chance.
     """
     rng = np.random.default_rng(derive(seed, "order", epoch))
     return (rng.permutation(U // T) * T + rng.integers(U)) % U
@@ -95,33 +96,34 @@ def batch_starts(seed, step, U, T, B):
     return np.array([epoch_order(seed, i // n, U, T)[i % n] for i in range(step * B, (step + 1) * B)])
 
 
-def draw_mask(B, T, generator, clip=0.0):  # [DIFFUSION]
+def draw_mask(B, T, generator, mask_weight=0.0):  # [DIFFUSION]
     """Training masks of B blocks, (B, T) bool, and the weight of each in the loss that is descended, (B,).
 
     The loss of a block is the mean over its k masked tokens, so k uniform on 1..T with weight 1 is the bound:
     with t = k/T a token weighs 1/t. Where few tokens are masked each of them counts for much, which makes
-    the gradient noisy: min(1/t, clip) learns sooner. k with another probability P(k) and weight 1 / (T P(k))
-    would be the bound again.
-    Whatever stands here: the train_loss of the log has no weights, and evaluate draws its own masks.
+    the gradient noisy: min(1/t, mask_weight) is no bound and learns sooner. k with another probability P(k)
+    and weight 1 / (T P(k)) would be the bound again.
+    Whatever stands here, evaluate draws its own masks. The train_loss of the log is the mean without weights:
+    an estimate of the bound as long as k is uniform.
     """
     k = uniform_k(B, T, generator)
-    return mask_k(k, T, generator), clipped(k, T, clip)
+    return mask_k(k, T, generator), clipped(k, T, mask_weight)
 
 
-def clipped(k, T, clip):  # [DIFFUSION]
-    """The weights (B,) of blocks with k (B,) masked tokens: min(1/t, clip) / (1/t), or 1 where clip is 0."""
-    return (clip * k / T).clamp(max=1) if clip else torch.ones(len(k))
+def clipped(k, T, mask_weight):  # [DIFFUSION]
+    """The weights (B,) of blocks with k (B,) masked tokens: min(1/t, mask_weight) / (1/t); 1 if that is 0."""
+    return (mask_weight * k / T).clamp(max=1) if mask_weight else torch.ones(len(k))
 
 
 def get_batch(config, tokens, step, rows=slice(None)):
     """What a step learns from: the arguments of GPT.forward as a dict, and the weight of each block, (B,).
 
-    tokens: (U,) ids on the device. rows: the part of the batch that this process takes, an even number.
+    tokens: (U,) ids on the device. rows: the part of the batch that this process takes.
     """
     seed, B, T, U = config["seed"], config["batch_size"], config["block_size"], len(tokens)
     start = send(torch.from_numpy(batch_starts(seed, step, U, T, B)[rows]), tokens.device)  # (B,)
     x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
-    inputs, weight = {"x": x}, torch.ones(B)  # [AR] the tokens are all it takes
+    inputs, weight = {"x": x}, torch.ones(B)  # [AR] takes no more
     if config["replace"]:
         inputs["noisy"] = replace_tokens(config, x, step, rows)
     if config["objective"] == "diffusion":
@@ -129,7 +131,7 @@ def get_batch(config, tokens, step, rows=slice(None)):
         mask, weight = draw_mask(B, T, generator, config["mask_weight"])  # [DIFFUSION]
         if weight.shape != (B,):
             raise ValueError(f"draw_mask gave a weight of shape {tuple(weight.shape)}, it takes ({B},)")
-        keep = mask[rows].flatten().nonzero().squeeze(1)  # (M,), on the CPU: a GPU would have to wait
+        keep = mask[rows].flatten().nonzero().squeeze(1)  # (M,), on the CPU: a GPU would stall
         inputs |= {"mask": send(mask[rows], x.device), "keep": send(keep, x.device)}
     return inputs, send(weight[rows].float(), x.device)
 
@@ -144,7 +146,7 @@ def replace_tokens(config, x, step, rows):
 
 
 def send(x, device):
-    """A tensor from the CPU to the device. A GPU takes it when it gets there, and nobody waits."""
+    """A tensor from the CPU to the device. A GPU copies it from pinned memory while the CPU goes on."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -197,7 +199,7 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     due = evaluation_steps(config)
 
     with Run(config, saved, model, optimizers, data.tokenizer, blocks, device_line) as run:
-        network = run.accelerate(get_batch(config, tokens, 0, rows)[0], dtype)
+        network = run.accelerate(get_batch(config, tokens, 0, rows)[0], dtype)  # the model, perhaps compiled
         for step in range(run.step, config["steps"]):
             inputs, weight = get_batch(config, tokens, step, rows)
             torch.manual_seed(derive(config["seed"], "dropout", step, rank))
@@ -207,8 +209,8 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             descend(optimizers, learning_rate(step, config["steps"], config["lr"]))
             if config["ema"]:
-                update_average(run.scored, model, 1 / (1 + config["ema"] * step))
-            run.count(loss.detach().mean(), norm)
+                update_average(run.scored, model, 1 / (1 + config["ema"] * step))  # what is evaluated
+            run.finish_step(loss.detach().mean(), norm)  # run.step is step + 1 now
             if run.step in due:
                 run.evaluate()  # and log
             ending = run.agree(stop())
@@ -235,6 +237,8 @@ def make_config(preset=None, **given):
     if unknown := set(given) - set(FLAGS):
         raise UserError(f"unknown setting {min(unknown)!r}: see python train.py --help")
     config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
+    if "unique_tokens" not in given and prepare.is_own(config["data"]):
+        config["unique_tokens"] = 0
     for name, (kind, _, _, allowed, _) in FLAGS.items():
         value = config[name]
         if isinstance(allowed, tuple) and value not in allowed:
@@ -243,15 +247,15 @@ def make_config(preset=None, **given):
             raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
     if config["batch_size"] % 2:
         raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
-    for name, whole in (("replace", "tokens"), ("ema", "steps so far, not a decay")):
-        if config[name] > 1:
-            raise UserError(f"--{name}={config[name]}: it is a share of the {whole}, at most 1")
+    for name, whole, most in (("replace", "tokens", 1), ("ema", "steps so far, not a decay", 0.8)):
+        if config[name] > most:
+            raise UserError(f"--{name}={config[name]}: it is a share of the {whole}, at most {most}")
     return {"preset": preset} | config
 
 
 def describe(config, data, tokens, blocks, model, dtype="auto", get_batch=get_batch):
     """The config of a new run with all that is known before its first step: the log's first record."""
-    p = torch.bincount(blocks.flatten()).double() / blocks.numel()
+    unigram = torch.bincount(blocks.flatten()).double() / blocks.numel()  # how frequent each token is
     U, B, T, N = len(tokens), config["batch_size"], config["block_size"], model.num_params()
     steps = max(1, round(config["epochs"] * (U // T) / B))
     out = config["out"]
@@ -260,12 +264,14 @@ def describe(config, data, tokens, blocks, model, dtype="auto", get_batch=get_ba
     return config | {
         "out": out, "processes": processes()[1], "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."), "batch": get_batch.__name__,
-        "data_sha256": prepare.fingerprint(data), "unique_tokens": U, "vocab_size": data.tokenizer.vocab_size,
+        "data_sha256": prepare.fingerprint(data), "unique_tokens": U,
+        "train_tokens": len(data.splits["train"]), "vocab_size": data.tokenizer.vocab_size,
         "parameters": N, "steps": steps, "flops": 6 * N * steps * B * T,
         "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,  # C_crit(U), fitted in arXiv 2507.15857
         "eval_tokens": blocks.numel(),
         **prepare.scored_bytes(data, config["split"], blocks),
-        "unigram_entropy": torch.special.entr(p).sum().item(), "command": shlex.join(["python", *sys.argv]),
+        "unigram_entropy": torch.special.entr(unigram).sum().item(),
+        "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "numpy": np.__version__}}
 
@@ -346,8 +352,8 @@ class Run:
                 self.scored.load_state_dict(saved["average"])
             for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
-        self.step, self.device, self.losses = self.state["step"], model.embed.weight.device, []
-        self.norm = torch.tensor(0.0)  # of the last gradient
+        self.step, self.device = self.state["step"], model.embed.weight.device
+        self.losses, self.norm = [], torch.tensor(0.0)  # since the last evaluation; of the last gradient
         self.threads, self.settle_at = torch.get_num_threads(), math.inf  # of the CPU, at most
         self.rank, self.world = processes()
         self.per_step = config["batch_size"] * config["block_size"]  # tokens
@@ -411,8 +417,8 @@ class Run:
         if torch.get_num_threads() != threads:
             say(f"step {self.step}: {torch.get_num_threads()} of {self.threads} threads are the fastest now")
 
-    def count(self, loss, norm):
-        """Count a step, its mean loss and the norm of its gradient."""
+    def finish_step(self, loss, norm):
+        """Count a step, its mean loss and the norm of its gradient, and move the progress bar."""
         if self.world > 1:
             dist.all_reduce(loss)
             loss /= self.world
@@ -422,7 +428,7 @@ class Run:
         self.bar.update(self.per_step)
         if time.perf_counter() > self.settle_at:
             self.settle()
-        self.looking = self.device.type == "cpu" or self.step % 50 == 0  # a GPU has to wait for a number
+        self.looking = self.device.type == "cpu" or self.step % 50 == 0  # to read a number stalls a GPU
         if self.looking:
             self.demand_finite(loss=loss.item(), gradient_norm=norm.item())
             self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
@@ -455,7 +461,7 @@ class Run:
                   "lr": self.optimizers[0].param_groups[0]["lr"], "threads": torch.get_num_threads()}
         self.demand_finite(train_loss=train_loss, val_loss=record["val_loss"])
         self.log.append(record)
-        lowest = record is sample.best_of(self.log)
+        lowest = record is sample.best_of(self.log)  # the new record is the lowest so far
         if lowest:
             self.save("best.pt")
         if self.step == c["steps"]:  # the last and the best network once more, alike, with more mask draws
@@ -473,7 +479,7 @@ class Run:
         """Whether to end, the same for all processes: they have to leave the loop after the same step."""
         if self.world == 1:
             return bool(ending)
-        if not self.looking:  # a GPU would have to wait
+        if not self.looking:
             return False
         ending = torch.tensor(int(bool(ending)), device=self.device)
         dist.all_reduce(ending, dist.ReduceOp.MAX)

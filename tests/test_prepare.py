@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
+import train
 from prepare import DataError, Tokenizer, load
 
 ROOT = Path(__file__).parent.parent
@@ -560,13 +561,27 @@ def test_the_next_command_that_is_printed_works(tmp_path, text, flags, preset):
                          capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     command = run.stdout.strip().splitlines()[-1]
-    assert command.startswith("  python train.py --data=") and "--unique_tokens=0" in command
+    assert command.startswith("  python train.py --data=") and "--unique_tokens" not in command
     small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--device=cpu", "--epochs=0.01", "--eval_blocks=2",
              "--no-compile", "--dtype=float32", "--final_draws=2"]
     assert "--preset" not in command or not preset
     run = subprocess.run([sys.executable, ROOT / "train.py", *shlex.split(command)[2:], *preset, *small],
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    tokens = json.loads(next(tmp_path.rglob("meta.json")).read_text())["splits"]["train"]["tokens"]
+    assert f"{tokens:,} unique tokens of the {tokens:,} in " in run.stdout  # all of one's own text
+
+
+@pytest.mark.parametrize("flags, U", [({}, 0), ({"unique_tokens": 3000}, 3000)])
+def test_all_of_ones_own_text_is_taken_wherever_it_lies_and_a_part_of_the_default_corpus(tmp_path, flags, U):
+    (tmp_path / "my.txt").write_text("\n\n".join(corpus(80)))
+    prepare.prepare(inputs=[tmp_path / "my.txt"], tokenizer="char", out=tmp_path / "sotu-char")
+    config = {"preset": "laptop", "data": str(tmp_path / "sotu-char")}
+    assert train.make_config(**config, **flags)["unique_tokens"] == U
+    meta = (tmp_path / "sotu-char" / "meta.json").read_text()
+    (tmp_path / "sotu-char" / "meta.json").write_text(meta.replace("input-my", "sotu"))
+    assert train.make_config(**config, **flags)["unique_tokens"] == (U or 65_536)
+    assert train.make_config("laptop", data=str(tmp_path / "none"))["unique_tokens"] == 65_536
 
 
 def test_a_text_too_short_to_train_on_is_told_how_much_it_takes(tmp_path, capsys):
