@@ -12,11 +12,13 @@ the others. The likeliest text is what the model chooses. The tasks:
   cloze      a word, or three others of as many tokens and like frequency in the training text
   completed  no choice: the share of 8-token spans of training text (..., held out: of held-out text) written
              verbatim at temperature 0. AR reads what is before them, diffusion both sides
+  gap, n     no choice: the share of held-out words that are written as they were. The
+             number of their tokens is known. See fill for what a diffusion model does in n forward passes,
+             an AR model with n candidates
 
 All choices of an item have as many tokens and differ in one span. In any model the difference of their log p
 is that of log p(span | the rest): AR is scored by the first, diffusion by the second. In agreement and cloze
-each word is the true one equally often, so that knowing how frequent words are is worth nothing. Gap filling,
-continuations and samplers that correct themselves are not here.
+each word is the true one equally often, so that knowing how frequent words are is worth nothing.
 
 It prints a line of JSON for each run, checkpoint and task. Lines of three scorers that are no networks come
 before the first run on a text: 4-gram and unigram, counted on its training tokens, and length (fewest bytes).
@@ -54,6 +56,7 @@ from sample import sample_ar, told, unmask  # noqa: E402
 PAIRS = (("a", "an"), ("is", "are"), ("was", "were"), ("has", "have"), ("this", "these"),
          ("was", "are"), ("is", "be"), ("were", "been"), ("they", "them"), ("we", "us"), ("his", "him"))
 CHANCE = {"invented": 1 / 2, "letter": 1 / 2, "agreement": 1 / 2, "order": 1 / 2, "cloze": 1 / 4}
+PARTS = ("choices", "completed", "gap")  # of what is measured
 Unit = namedtuple("Unit", "begin end text")  # ids[begin:end] are the text: a space and a word, or two of them
 
 
@@ -212,6 +215,60 @@ def completed(model, ids, N=512, n=8, seed=0):
     return torch.cat(found).double().numpy()
 
 
+def gaps(data, split, T, items=1000, seed=0):
+    """Blocks with a held-out word in their middle, {its number of tokens n: (Q, T) ids}, together Q <= items.
+
+    The word begins, with the space before it, at position (T - n + 1) // 2.
+    """
+    ids, found = np.asarray(data.splits[split], dtype=np.int64), defaultdict(list)
+    units = find_units(data.tokenizer, ids, T, 1)
+    for i in np.random.default_rng(seed).permutation(len(units))[:items]:
+        first = (units[i].begin + units[i].end - T) // 2
+        found[units[i].end - units[i].begin].append(ids[first:first + T])
+    return {n: np.array(found[n]) for n in sorted(found)}
+
+
+@torch.no_grad()
+def fill(model, x, n, tries=(1, 4, 16), seed=0):
+    """Whether a model fills the gap of n tokens in blocks x (B, T) as it was: {each of tries: (B,) bool}.
+
+    Diffusion: at temperature 0 in so many forward passes, the surest tokens first. AR: of so many candidates
+    for what follows its left side, the first at temperature 0 and the others drawn, the one that makes the
+    whole block the likeliest. A candidate takes n + 1 forward passes: to write it, and to score the block.
+    """
+    V, (B, T), found = model.config.vocab_size, x.shape, {}
+    begin = (T - n + 1) // 2
+    end, lowest, best = begin + n, torch.full((B,), torch.inf, device=x.device), x
+    if model.config.objective == "diffusion":  # [DIFFUSION]
+        masked = torch.cat((x[:, :begin], torch.full_like(x[:, begin:end], V), x[:, end:]), dim=1)
+        written = {steps: unmask(model, masked, steps, "confidence", temperature=0)[0] for steps in tries}
+        return {steps: (ids == x).all(1) for steps, ids in written.items()}
+    generator = torch.Generator(x.device).manual_seed(seed)
+    for i in range(max(tries)):  # [AR]
+        ids = sample_ar(model, x[:, :begin], end, temperature=float(i > 0), generator=generator)[0]
+        ids = torch.cat((ids, x[:, end:]), dim=1)
+        nll = model(ids)  # (B,)
+        best = torch.where((nll < lowest)[:, None], ids, best)
+        lowest = torch.minimum(nll, lowest)
+        if i + 1 in tries:
+            found[i + 1] = (best == x).all(1)
+    return found
+
+
+def fill_ngrams(data, tokens, x, n, most=200):
+    """As fill, by the 4-grams of the training tokens (U,): the likeliest of their most frequent words. (B,)"""
+    T, V = x.shape[1], data.tokenizer.vocab_size
+    begin = (T - n + 1) // 2
+    words = Counter(tuple(tokens[unit.begin:unit.end]) for unit in find_units(data.tokenizer, tokens, T, 1))
+    words = [word for word, _ in words.most_common() if len(word) == n][:most]
+    if not words:
+        return np.zeros(len(x), dtype=bool)
+    near = np.tile(x[:, None, begin - 3:begin + n + 3], (1, len(words), 1))  # (B, words, n + 6): all that sees it
+    near[:, :, 3:3 + n] = words
+    nll = ngrams(tokens.tolist(), near.reshape(-1, n + 6).tolist(), V).reshape(near.shape[:2])
+    return (np.array(words)[nll.argmin(1)] == x[:, begin:begin + n]).all(1)
+
+
 def mean_interval(values):
     """The mean of (Q,) points and half its 95 % interval, which is never 0: one more may be different."""
     return values.mean(), 1.96 * math.sqrt(max(values.var(), 1 / len(values)**2) / len(values))
@@ -249,28 +306,45 @@ def record(task, points, items, **more):
             "items_sha256": hashlib.sha256(np.ascontiguousarray(items)).hexdigest()[:16]}
 
 
-def without_network(opened, made):
+def stack(gapped):
+    """All blocks of gaps, (Q, T)."""
+    return np.concatenate([*gapped.values()])
+
+
+def without_network(opened, made, gapped, only):
     """Yield the records of scorers that are no networks, with the texts of the first item of each task."""
     tokenizer, V = opened.data.tokenizer, opened.data.tokenizer.vocab_size
     size = np.array([len(piece) for piece in tokenizer.pieces])  # (V,) bytes
-    for task, blocks in made.items():
+    for task, blocks in made.items() if "choices" in only else ():
         T = blocks.shape[2]
         example = [tokenizer.decode(choice[T // 2 - T // 6:T // 2 + T // 6]) for choice in blocks[0]]
         scores = {"4-gram": score_ngrams(opened.tokens, blocks, V), "length": size[blocks].sum(2),
                   "unigram": score_ngrams(opened.tokens, blocks, V, 1)}
         for name, nll in scores.items():
             yield {"run": name, "checkpoint": None} | record(task, points(nll), blocks, example=example)
+    if "gap" not in only:
+        return
+    right = [fill_ngrams(opened.data, np.asarray(opened.tokens), x, n) for n, x in gapped.items()]
+    yield {"run": "4-gram", "checkpoint": None} | record("gap, 1", np.concatenate(right) * 1.0, stack(gapped))
 
 
-def with_network(opened, made):
+def with_network(opened, made, gapped, only):
     """Yield the record of each task for an open checkpoint."""
     about = {"run": opened.run, "checkpoint": opened.checkpoint, "step": opened.step}
     held_out = opened.data.splits[opened.config["split"]]
     with opened.context():
-        for task, blocks in made.items():
+        for task, blocks in made.items() if "choices" in only else ():
             yield about | record(task, points(score(opened.model, blocks)), blocks)
-        for task, ids in (("completed", opened.tokens), ("completed, held out", held_out)):
+        texts = {"completed": opened.tokens, "completed, held out": held_out}
+        for task, ids in texts.items() if "completed" in only else ():
             yield about | record(task, completed(opened.model, ids), np.asarray(ids))
+        device, right = opened.model.embed.weight.device, defaultdict(list)
+        for n, x in bar([*gapped.items()] if "gap" in only else [], "gaps"):
+            for part in torch.from_numpy(x).to(device).split(64):
+                for tries, filled in fill(opened.model, part, n).items():
+                    right[tries].append(filled.cpu())
+        for tries, filled in right.items():
+            yield about | record(f"gap, {tries}", torch.cat(filled).double().numpy(), stack(gapped))
 
 
 def print_tasks(argv=None):
@@ -280,7 +354,9 @@ def print_tasks(argv=None):
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory")
     parser.add_argument("--items", metavar="Q", type=int, default=1000, help="of each task, at most [1000]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="one of them only [both]")
+    parser.add_argument("--only", choices=PARTS, help="the choices, completed or gap only [all]")
     args = parser.parse_args(argv)
+    only = [args.only] if args.only else PARTS
     if args.items < 2:
         parser.error(f"--items={args.items}: an interval takes at least 2")
     command = shlex.join(["python", "notebooks/tasks.py", *(sys.argv[1:] if argv is None else argv)])
@@ -295,11 +371,11 @@ def print_tasks(argv=None):
             T, U, step = opened.config["block_size"], len(opened.tokens), opened.step
             text = opened.config["data_sha256"], T
             if text not in made:
-                made[text] = make(opened.data, "val", T, args.items)
-            first = [] if (text, U) in counted else without_network(opened, made[text])
+                made[text] = [function(opened.data, "val", T, args.items) for function in (make, gaps)]
+            first = [] if (text, U) in counted else without_network(opened, *made[text], only)
             counted.add((text, U))
             about = {"data": Path(opened.config["data"]).name, "unique_tokens": U, "command": command}
-            for row in itertools.chain(first, with_network(opened, made[text])):
+            for row in itertools.chain(first, with_network(opened, *made[text], only)):
                 print(json.dumps(row | about), flush=True)
 
 

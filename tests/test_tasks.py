@@ -221,6 +221,61 @@ def test_completed_counts_what_is_written_verbatim(objective, step, share):
     assert tasks.completed(model, np.arange(300) % V, N=70).tolist() == [share] * 70
 
 
+# ----- gaps filled
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_gap_is_a_whole_word_in_the_middle_of_a_block(data, kind):
+    gapped = tasks.gaps(data[kind], "val", T, 200)
+    assert sum(map(len, gapped.values())) == 200 and tasks.stack(gapped).shape == (200, T)
+    for n, blocks in gapped.items():
+        begin = (T - n + 1) // 2
+        for x in blocks:
+            word = data[kind].tokenizer.decode(x[begin:begin + n])
+            assert word[0] == " " and word[1:] in WORDS
+    again = tasks.gaps(data[kind], "val", T, 200)
+    assert all(np.array_equal(gapped[n], again[n]) for n in gapped)
+
+
+def test_ar_chooses_the_candidate_that_the_right_side_fits():
+    """After 0 come 1 or 2 alike, and then 3 after 1 and 4 after 2: the left side alone knows half of it."""
+    V, T = 5, 5
+    table = torch.full((V + 1, V), -20.0)
+    for a, b in ((V, 0), (0, 1), (0, 2), (1, 3), (2, 4), (3, 0), (4, 0)):
+        table[a, b] = 0.0
+    table[0, 1] += 1e-6  # temperature 0 writes 1
+    model = GPT(GPTConfig("ar", V, T, n_layer=1, n_head=1, n_embd=8)).eval()
+    model.hidden = lambda x, cache=None, keep=None: F.embedding(x, table)
+    model.head = lambda h: h
+    x = torch.tensor([[3, 0, 1, 3, 0], [4, 0, 2, 4, 0]]).repeat(20, 1)
+    found = tasks.fill(model, x, 1, tries=(1, 16))
+    assert found[1].tolist() == [True, False] * 20 and found[16].all()
+
+
+@pytest.mark.parametrize("step, right", [(1, True), (2, False)])
+def test_diffusion_fills_from_both_sides_in_any_number_of_passes(step, right):
+    """A text in which each token is that after it less one, and a model that takes `step` from that."""
+    V = 7
+
+    def hidden(x, cache=None, keep=None):
+        known = torch.where(x == V, V + 1, x)
+        after = F.pad(known[:, 1:], (0, 1))  # a mask follows from what is to its right, if that is known
+        return 9 * F.one_hot((after - step) % V, V).double() * (after <= V)[..., None]
+
+    model = SimpleNamespace(config=GPTConfig("diffusion", V, T), hidden=hidden, head=lambda h: h)
+    x = (torch.arange(T) + torch.arange(50)[:, None]) % V
+    assert [found.tolist() for found in tasks.fill(model, x, 1).values()] == [[right] * 50] * 3
+    one, four, sixteen = tasks.fill(model, x, 4).values()  # one after another: the surest first
+    assert four.tolist() == sixteen.tolist() == [right] * 50 and one.double().mean() < 0.2
+
+
+def test_the_4_grams_fill_a_gap_with_the_word_that_both_sides_fit(data):
+    tokens = data["char"].splits["train"][:20_000].astype(np.int64)
+    gapped = tasks.gaps(data["char"]._replace(splits={"train": tokens}), "train", T, 100)
+    right = np.concatenate([tasks.fill_ngrams(data["char"], tokens, x, n) for n, x in gapped.items()])
+    assert 0.2 < right.mean() < 1  # words of a length are few, and what surrounds them is random
+
+
 # ----- the command line, and what is made of its lines
 
 
@@ -233,9 +288,9 @@ def lines(capsys, *argv):
 def test_a_line_a_run_and_task_and_the_same_items_for_all(folder, data, capsys, tmp_path):
     runs = [folder / "ar-s1", folder / "diffusion-s1"]
     found = lines(capsys, *runs, "--items=60", "--checkpoint=last")
-    names = [*tasks.CHANCE, "completed", "completed, held out"]
+    names = [*tasks.CHANCE, "completed", "completed, held out", "gap, 1", "gap, 4", "gap, 16"]
     assert [row["task"] for row in found if row["run"] == str(runs[0])] == names
-    assert [row["run"] for row in found[:3]] == ["4-gram", "length", "unigram"] and len(found) == 15 + 7 + 7
+    assert [row["run"] for row in found[:3]] == ["4-gram", "length", "unigram"] and len(found) == 16 + 10 + 10
     assert all(row["command"].endswith("diffusion-s1 --items=60 --checkpoint=last") for row in found)
     for task in names:
         assert len({row["items_sha256"] for row in found if row["task"] == task}) == 1
