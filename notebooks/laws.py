@@ -365,11 +365,11 @@ def critical_at(laws, U):
 
 def settings(config, width=128):
     """What of a run is not the old recipe of the laptop preset, in words ("" if nothing is); width: as usual there."""
-    c = {"hide": 0, "replace": 0, "mask_weight": 0, "ema": 0} | config  # the first logs lack them
+    c = {"hide": 0, "replace": 0, "mask_weight": 0, "ema": 0, "batch": ""} | config  # the first logs lack them
     clipped, adamw = c["mask_weight"] if c["objective"] == "diffusion" else 0, c["optimizer"] == "adamw"
     words = {"AdamW": adamw, f"lr {c['lr']:g}": adamw or c["lr"] != 0.002, f"batch size {c['batch_size']}":
              c["batch_size"] != 16, f"width {c['n_embd']}": c["n_embd"] != width,
-             f"weights min(1/t, {clipped:g})": clipped, "EMA": c["ema"],
+             f"weights min(1/t, {clipped:g})": clipped, "bell-shaped t": c["batch"].startswith("bell"), "EMA": c["ema"],
              f"weight decay {c['weight_decay']:g}": c["weight_decay"] != 0.1, f"dropout {c['dropout']:g}": c["dropout"],
              f"{c['hide']:.0%} masked": c["hide"], f"{c['replace']:.0%} replaced": c["replace"]}
     return ", ".join(word for word, there in words.items() if there)

@@ -111,6 +111,23 @@ def test_reveal_masks_the_last_k_of_one_order_and_leaves_k_alone():
                 assert row.nonzero().flatten().tolist() in ends.tolist()
 
 
+@pytest.mark.parametrize("a, spread", [(1, 12**-0.5), (3, 28**-0.5)])  # Beta(a, a): variance 1 / (8 a + 4)
+def test_bell_masks_about_half_in_pairs_and_weighs_all_tokens_alike(a, spread):
+    B, T, ks = 16, 127, []
+    config = CONFIG | {"objective": "diffusion", "block_size": T, "batch_size": B}
+    for step in range(100):
+        given, weight = why.bell(a)(config, torch.arange(5000) % 100, step)
+        k = given["mask"].sum(1)
+        assert torch.equal(weight, 2 * k / T) and (k.view(-1, 2).sum(1) == T + 1).all()
+        assert torch.equal(given["x"], train.get_batch(config, torch.arange(5000) % 100, step)[0]["x"])
+        ks.append(k)
+    ks = torch.cat(ks).double()
+    assert 1 <= ks.min() and ks.max() <= T and (ks / T).std().item() == pytest.approx(spread, rel=0.05)
+    part = why.bell(a)(config, torch.arange(5000) % 100, 5, slice(4, 8))  # of a process
+    whole = why.bell(a)(config, torch.arange(5000) % 100, 5)
+    assert torch.equal(part[0]["mask"], whole[0]["mask"][4:8]) and torch.equal(part[1], whole[1][4:8])
+
+
 def test_dropout_in_the_attention_alone():
     model = why.with_dropout_in_attention_only({**tiny("ar").config.__dict__, "dropout": 0.5})
     x = torch.randint(0, model.config.vocab_size, (64, model.config.block_size))
