@@ -266,10 +266,14 @@ def save_half(run, path):
 def watch(argv):
     """What the command line asks for."""
     own = argparse.ArgumentParser(usage="python notebooks/watch.py RUN [RUN] [FLAGS]", add_help=False,
-                                  allow_abbrev=False)
-    own.add_argument("--gif", type=Path)
-    own.add_argument("--half", type=Path)
+                                  allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    own.add_argument("--gif", type=Path, metavar="FILE", help="draw an animation of the first texts instead")
+    own.add_argument("--half", type=Path, metavar="FILE", help="write the run's best weights in half precision instead")
+    own.add_argument("-h", "--help", action="store_true", help="show this, and the flags of sample.py, which hold here")
     files, argv = own.parse_known_args(argv)
+    if files.help:
+        print(own.format_help())
+        sample.parse(["--help"])
     runs = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     if len(runs) > 2:
         raise UserError(f"{len(runs)} runs do not fit side by side: name one or two")

@@ -295,3 +295,10 @@ def test_what_stdout_can_not_encode_keeps_its_columns(runs, encoding):
 def test_wcwidth_is_all_that_it_needs_besides():
     source = Path(watch.__file__).read_text()
     assert re.findall("^(?:import|from) (wcwidth)", source, re.M) == ["wcwidth"]
+
+
+def test_help_has_its_own_flags_and_those_of_sample(capsys):
+    with pytest.raises(SystemExit) as ended:
+        watch.main(["--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and all(flag in told for flag in ("--gif FILE", "--half FILE", "--temperature"))
