@@ -58,7 +58,7 @@ FLAGS = {
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
     "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
     "mask_weight": (float, 1.5, 1.5, 0, "a masked token weighs min(1/t, this) in training; 0: just 1/t"),
-    "ema": (float, 0.2, 0.2, 0, "EMA of the weights: the last share of the steps that it spans; 0: none"),
+    "ema": (float, 0.2, 0.2, 0, "share of the steps so far that the EMA of the weights spans; 0: no EMA"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, ..."),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all"),
     "final_draws": (int, 24, 8, 2, "mask draws a block after the last step (diffusion); before it, 2"),
