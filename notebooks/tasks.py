@@ -11,10 +11,13 @@ the others. The likeliest text is what the model chooses. The tasks:
   order      two neighbouring words, or the same swapped
   cloze      a word, or three others of as many tokens and like frequency in the training text
   completed  no choice: the share of 8-token spans of training text (..., held out: of held-out text) written
-             verbatim at temperature 0. AR reads what is before them, diffusion both sides
+             verbatim at temperature 0. AR reads what is before them, diffusion both sides; in "completed from
+             the left" diffusion reads no more than AR
   gap, n     no choice: the share of held-out words that are written as they were. The
              number of their tokens is known. See fill for what a diffusion model does in n forward passes,
              an AR model with n candidates
+  nats       no choice: -log p of these words in nats, given both sides (diffusion) or what is before (AR), and
+             half the 95 % interval
 
 All choices of an item have as many tokens and differ in one span. In any model the difference of their log p
 is that of log p(span | the rest): AR is scored by the first, diffusion by the second. In agreement and cloze
@@ -56,7 +59,7 @@ from sample import sample_ar, told, unmask  # noqa: E402
 PAIRS = (("a", "an"), ("is", "are"), ("was", "were"), ("has", "have"), ("this", "these"),
          ("was", "are"), ("is", "be"), ("were", "been"), ("they", "them"), ("we", "us"), ("his", "him"))
 CHANCE = {"invented": 1 / 2, "letter": 1 / 2, "agreement": 1 / 2, "order": 1 / 2, "cloze": 1 / 4}
-PARTS = ("choices", "completed", "gap")  # of what is measured
+PARTS = ("choices", "completed", "left", "gap", "nats")  # of what is measured
 Unit = namedtuple("Unit", "begin end text")  # ids[begin:end] are the text: a space and a word, or two of them
 
 
@@ -195,10 +198,10 @@ def points(nll):
 
 
 @torch.no_grad()
-def completed(model, ids, N=512, n=8, seed=0):
+def completed(model, ids, left=False, N=512, n=8, seed=0):
     """Which of N spans of n tokens of ids (U,) a model writes verbatim at temperature 0: (N,) of 1 and 0.
 
-    The span is in the middle of a block. AR reads what is before it; diffusion what follows, too.
+    The span is in the middle of a block. AR reads what is before it; diffusion, unless left, what follows, too.
     """
     V, T, device = model.config.vocab_size, model.config.block_size, model.embed.weight.device
     ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
@@ -210,7 +213,8 @@ def completed(model, ids, N=512, n=8, seed=0):
             written = sample_ar(model, x[:, :begin], begin + n, temperature=0)[0]  # [AR]
         else:
             masked = torch.cat((x[:, :begin], torch.full_like(x[:, :n], V), x[:, begin + n:]), dim=1)
-            written = unmask(model, masked, order="left", temperature=0)[0]  # [DIFFUSION]
+            end = begin + n if left else T
+            written = unmask(model, masked[:, :end], order="left", temperature=0)[0]  # [DIFFUSION]
         found.append((written[:, begin:begin + n] == x[:, begin:begin + n]).all(1).cpu())
     return torch.cat(found).double().numpy()
 
@@ -255,6 +259,14 @@ def fill(model, x, n, tries=(1, 4, 16), seed=0):
     return found
 
 
+def word_nats(model, x, n):
+    """-log p of the word in the gap of n tokens of blocks x (B, T) in nats, (B,): see the task nats above."""
+    target, begin = torch.zeros_like(x, dtype=torch.bool), (x.shape[1] - n + 1) // 2
+    target[:, begin:begin + n] = True
+    last = begin + n if model.config.objective == "ar" else x.shape[1]  # AR: as if the block ended there
+    return conditional_nll(model, x[:, :last], target[:, :last])
+
+
 def fill_ngrams(data, tokens, x, n, most=200):
     """As fill, by the 4-grams of the training tokens (U,): the likeliest of their most frequent words. (B,)"""
     T, V = x.shape[1], data.tokenizer.vocab_size
@@ -288,7 +300,8 @@ def read(path):
     Raises ValueError where lines of one data and task did not meet the same items.
     """
     found, items = defaultdict(dict), {}
-    for row in map(json.loads, Path(path).read_text().splitlines()):
+    rows = [row for row in map(json.loads, Path(path).read_text().splitlines()) if row["task"] != "nats"]
+    for row in rows:
         if items.setdefault((row["data"], row["task"]), row["items_sha256"]) != row["items_sha256"]:
             raise ValueError(f"{path}: {row['run']} met other items of {row['task']!r} than the lines before")
         name, each = Path(row["run"]).name, np.array([int(digit) for digit in row["found"]])
@@ -335,10 +348,15 @@ def with_network(opened, made, gapped, only):
     with opened.context():
         for task, blocks in made.items() if "choices" in only else ():
             yield about | record(task, points(score(opened.model, blocks)), blocks)
-        texts = {"completed": opened.tokens, "completed, held out": held_out}
-        for task, ids in texts.items() if "completed" in only else ():
-            yield about | record(task, completed(opened.model, ids), np.asarray(ids))
+        for part, name in (("completed", "completed"), ("left", "completed from the left")):
+            if part in only and (part == "completed" or opened.model.config.objective == "diffusion"):
+                for task, ids in ((name, opened.tokens), (f"{name}, held out", held_out)):
+                    yield about | record(task, completed(opened.model, ids, part == "left"), np.asarray(ids))
         device, right = opened.model.embed.weight.device, defaultdict(list)
+        if "nats" in only:
+            nats = torch.cat([word_nats(opened.model, torch.from_numpy(x).to(device), n) for n, x in gapped.items()])
+            mean, half = mean_interval(nats.numpy())
+            yield about | {"task": "nats", "items": len(nats), "mean": round(mean, 4), "interval": round(half, 4)}
         for n, x in bar([*gapped.items()] if "gap" in only else [], "gaps"):
             for part in torch.from_numpy(x).to(device).split(64):
                 for tries, filled in fill(opened.model, part, n).items():
@@ -354,7 +372,7 @@ def print_tasks(argv=None):
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory")
     parser.add_argument("--items", metavar="Q", type=int, default=1000, help="of each task, at most [1000]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="one of them only [both]")
-    parser.add_argument("--only", choices=PARTS, help="the choices, completed or gap only [all]")
+    parser.add_argument("--only", choices=PARTS, help="a part of it [all]")
     args = parser.parse_args(argv)
     only = [args.only] if args.only else PARTS
     if args.items < 2:

@@ -224,6 +224,36 @@ def test_completed_counts_what_is_written_verbatim(objective, step, share):
 # ----- gaps filled
 
 
+def test_from_the_left_diffusion_reads_no_more_than_ar():
+    V = 7
+
+    def hidden(x, cache=None, keep=None):
+        assert (x[:, T // 2 + 4:] == V).all()
+        return F.one_hot((F.pad(x[:, :-1], (1, 0)) + 1) % V, V).double()
+
+    model = SimpleNamespace(config=GPTConfig("diffusion", V, T), embed=torch.nn.Embedding(1, 1), hidden=hidden,
+                            head=lambda h: h)
+    assert tasks.completed(model, np.arange(300) % V, left=True, N=70).all()
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_the_nats_of_a_word_are_the_chain_rule_by_hand(objective):
+    """AR's given what is before it, diffusion's given both sides."""
+    model, V, T, n = tiny(objective, V=3, T=5), 3, 5, 2
+    x = torch.randint(V, (4, T), generator=torch.Generator().manual_seed(0))
+    begin, expected = (T - n + 1) // 2, torch.zeros(4, dtype=torch.float64)
+    for i in range(begin, begin + n):
+        if objective == "ar":
+            seen = F.pad(x[:, :i], (1, 0), value=V)
+            logits = model.logits(seen)[:, -1]
+        else:
+            seen = x.clone()
+            seen[:, i:begin + n] = V
+            logits = model.logits(seen)[:, i]
+        expected += F.cross_entropy(logits.double(), x[:, i], reduction="none").detach()
+    torch.testing.assert_close(tasks.word_nats(model, x, n), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_gap_is_a_whole_word_in_the_middle_of_a_block(data, kind):
     gapped = tasks.gaps(data[kind], "val", T, 200)
@@ -288,12 +318,12 @@ def lines(capsys, *argv):
 def test_a_line_a_run_and_task_and_the_same_items_for_all(folder, data, capsys, tmp_path):
     runs = [folder / "ar-s1", folder / "diffusion-s1"]
     found = lines(capsys, *runs, "--items=60", "--checkpoint=last")
-    names = [*tasks.CHANCE, "completed", "completed, held out", "gap, 1", "gap, 4", "gap, 16"]
+    names = [*tasks.CHANCE, "completed", "completed, held out", "nats", "gap, 1", "gap, 4", "gap, 16"]
     assert [row["task"] for row in found if row["run"] == str(runs[0])] == names
-    assert [row["run"] for row in found[:3]] == ["4-gram", "length", "unigram"] and len(found) == 16 + 10 + 10
+    assert [row["run"] for row in found[:3]] == ["4-gram", "length", "unigram"] and len(found) == 16 + 11 + 13
     assert all(row["command"].endswith("diffusion-s1 --items=60 --checkpoint=last") for row in found)
     for task in names:
-        assert len({row["items_sha256"] for row in found if row["task"] == task}) == 1
+        assert task == "nats" or len({row["items_sha256"] for row in found if row["task"] == task}) == 1
     model = probe.open_checkpoint(runs[1], "last").model
     letter = next(row for row in found if row["task"] == "letter" and row["run"] == str(runs[1]))
     expected = tasks.points(tasks.score(model, tasks.make(data["char"], "val", T, 60)["letter"]))
