@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 FORMAT = "ambigpt-checkpoint-1"
-MAX_LOGITS = 2**27  # half a gigabyte: more of them are computed in parts, and again in the backward pass
+MAX_LOGITS = 2**27  # half a gigabyte: more logits come in parts, computed again in the backward pass
 CPU_LOGITS = 2**21  # computed at a time on a CPU: more would not fit its caches
 
 
@@ -57,7 +57,7 @@ class GPTConfig:
     n_head: int = 2
     n_embd: int = 128  # C
     dropout: float = 0.0
-    rope_base: float = 20.0  # wavelengths up to 2 pi 20 tokens; a masked token knows its place by them alone
+    rope_base: float = 20.0  # small, so that near positions differ: a masked token has no more to go by
 
     def __post_init__(self):
         if self.objective not in ("ar", "diffusion"):
@@ -414,7 +414,7 @@ def settle_threads(work, most):
     while threads > 1 and "OMP_NUM_THREADS" not in os.environ:
         work()  # the first takes longer
         half, tries = min(seconds(threads // 2) for _ in range(2)), []
-        while len(tries) < 3 and sum(tries) < 3 * half:  # beyond that, three can not be faster any more
+        while len(tries) < 3 and sum(tries) < 3 * half:  # beyond that the rest can not make up for it
             tries.append(seconds(threads))
         if sum(tries) < 0.95 * 3 * half:
             break

@@ -411,9 +411,9 @@ def replacing(folder, asked=None):
 
 def is_own(folder):
     """Whether a folder holds a person's own text (--input): then train.py takes all of it by default."""
-    with contextlib.suppress(OSError):
-        meta = Path(os.path.expanduser(folder), "meta.json").read_text("utf-8", "replace")
-        return '"dataset": "input-' in meta
+    with contextlib.suppress(AttributeError, KeyError, OSError, TypeError, ValueError):  # load names faults
+        meta = json.loads(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))
+        return meta["dataset"].startswith("input-")
     return False
 
 

@@ -147,11 +147,15 @@ COLOURS = {"ar": "#0072B2", "diffusion": "#D55E00"}  # blue and vermilion of Oka
 def header(c):
     """The config of a run in a few lines."""
     millions, share = c["parameters"] / 1e6, c["flops"] / c["critical_flops"]
-    there = f"the {c['train_tokens']:,} in " if "train_tokens" in c else ""  # older runs did not say
-    weighs = f", masked tokens weigh min(1/t, {c['mask_weight']:g})" if c.get("mask_weight") else ""
+    there = f"the {c['train_tokens']:,} for training in " if "train_tokens" in c else ""  # unknown if old
+    loss = "-log p" if c["objective"] == "ar" else "the bound"
+    if c["objective"] == "diffusion" and c.get("mask_weight"):
+        loss += f", masked tokens weigh min(1/t, {c['mask_weight']:g})"
+    if c.get("batch", "get_batch") != "get_batch":  # another script's: notebooks/why.py
+        loss += f", with the batches {c['batch']}"
     return (f"{c['objective']}, {millions:.2f}M parameters, {c['preset']} preset, seed {c['seed']}, "
             f"{c['optimizer']} lr {c['lr']:g}, weight decay {c['weight_decay']:g}, dropout {c['dropout']:g}\n"
-            f"training loss: {'-log p' if c['objective'] == 'ar' else 'the bound' + weighs}; "
+            f"training loss: {loss}; "
             f"scored: {'averaged weights (EMA)' if c.get('ema') else 'the weights'}\n"
             f"{c['unique_tokens']:,} unique tokens of {there}{c['data']}, {c['epochs']:g} epochs, "
             f"{c['steps']:,} steps, {c['flops']:.2e} FLOPs\n{share:.2g} times the paper's critical compute "

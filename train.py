@@ -247,9 +247,11 @@ def make_config(preset=None, **given):
             raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
     if config["batch_size"] % 2:
         raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
-    for name, whole, most in (("replace", "tokens", 1), ("ema", "steps so far, not a decay", 0.8)):
-        if config[name] > most:
-            raise UserError(f"--{name}={config[name]}: it is a share of the {whole}, at most {most}")
+    if config["replace"] > 1:
+        raise UserError(f"--replace={config['replace']}: it is a share of the tokens, at most 1")
+    if config["ema"] > 0.8 and config["ema"] != 1:  # elsewhere 0.9 or 0.999 is a decay
+        raise UserError(f"--ema={config['ema']}: it is the share of the steps so far to average over, not a "
+                        "decay: at most 0.8, or 1 for all of them")
     return {"preset": preset} | config
 
 

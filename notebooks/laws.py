@@ -367,6 +367,7 @@ def settings(config, width=128):
     """What of a run is not the old recipe of the laptop preset, in words ("" if nothing is); width: as usual there."""
     c = {"hide": 0, "replace": 0, "mask_weight": 0, "ema": 0, "batch": ""} | config  # the first logs lack them
     clipped, adamw = c["mask_weight"] if c["objective"] == "diffusion" else 0, c["optimizer"] == "adamw"
+    clipped = 0 if c["batch"].startswith("bell") else clipped
     words = {"AdamW": adamw, f"lr {c['lr']:g}": adamw or c["lr"] != 0.002, f"batch size {c['batch_size']}":
              c["batch_size"] != 16, f"width {c['n_embd']}": c["n_embd"] != width,
              f"weights min(1/t, {clipped:g})": clipped, "bell-shaped t": c["batch"].startswith("bell"), "EMA": c["ema"],

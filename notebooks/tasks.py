@@ -1,4 +1,4 @@
-"""Beyond the loss: five choices made from held-out text, and what a run completes verbatim.
+"""Beyond the loss: choices made from held-out text, gaps filled, and what a run completes verbatim.
 
     python notebooks/tasks.py out/pair-ar-s1 out/pair-diffusion-s1 --items=1000   best.pt and last.pt of both
 
@@ -13,9 +13,8 @@ the others. The likeliest text is what the model chooses. The tasks:
   completed  no choice: the share of 8-token spans of training text (..., held out: of held-out text) written
              verbatim at temperature 0. AR reads what is before them, diffusion both sides; in "completed from
              the left" diffusion reads no more than AR
-  gap, n     no choice: the share of held-out words that are written as they were. The
-             number of their tokens is known. See fill for what a diffusion model does in n forward passes,
-             an AR model with n candidates
+  gap, m     no choice: the share of held-out words that are written as they were; how many tokens they have is
+             known. Diffusion has at most m forward passes, AR m candidates: see fill
   nats       no choice: -log p of these words in nats, given both sides (diffusion) or what is before (AR), and
              half the 95 % interval
 
@@ -236,13 +235,14 @@ def gaps(data, split, T, items=1000, seed=0):
 def fill(model, x, n, tries=(1, 4, 16), seed=0):
     """Whether a model fills the gap of n tokens in blocks x (B, T) as it was: {each of tries: (B,) bool}.
 
-    Diffusion: at temperature 0 in so many forward passes, the surest tokens first. AR: of so many candidates
-    for what follows its left side, the first at temperature 0 and the others drawn, the one that makes the
-    whole block the likeliest. A candidate takes n + 1 forward passes: to write it, and to score the block.
+    Diffusion: at temperature 0 in at most so many forward passes (and at most n), the surest tokens first. AR: of
+    so many candidates for what follows its left side, the first at temperature 0 and the others drawn, the one that
+    makes the whole block the likeliest. A candidate takes n + 1 forward passes: to write it, and to score the block.
+    AR's right side chooses and does not propose: with more candidates AR finds more.
     """
     V, (B, T), found = model.config.vocab_size, x.shape, {}
     begin = (T - n + 1) // 2
-    end, lowest, best = begin + n, torch.full((B,), torch.inf, device=x.device), x
+    end, lowest, best = begin + n, torch.full((B,), torch.inf, device=x.device), torch.full_like(x, -1)
     if model.config.objective == "diffusion":  # [DIFFUSION]
         masked = torch.cat((x[:, :begin], torch.full_like(x[:, begin:end], V), x[:, end:]), dim=1)
         written = {steps: unmask(model, masked, steps, "confidence", temperature=0)[0] for steps in tries}
@@ -268,7 +268,7 @@ def word_nats(model, x, n):
 
 
 def fill_ngrams(data, tokens, x, n, most=200):
-    """As fill, by the 4-grams of the training tokens (U,): the likeliest of their most frequent words. (B,)"""
+    """As fill, by 4-grams: the likeliest of the 200 most frequent words of n tokens in training tokens (U,). (B,)"""
     T, V = x.shape[1], data.tokenizer.vocab_size
     begin = (T - n + 1) // 2
     words = Counter(tuple(tokens[unit.begin:unit.end]) for unit in find_units(data.tokenizer, tokens, T, 1))
@@ -372,7 +372,7 @@ def print_tasks(argv=None):
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory")
     parser.add_argument("--items", metavar="Q", type=int, default=1000, help="of each task, at most [1000]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="one of them only [both]")
-    parser.add_argument("--only", choices=PARTS, help="a part of it [all]")
+    parser.add_argument("--only", choices=PARTS, help="a part of it; left is of diffusion only [all]")
     args = parser.parse_args(argv)
     only = [args.only] if args.only else PARTS
     if args.items < 2:

@@ -267,9 +267,9 @@ def watch(argv):
     """What the command line asks for."""
     own = argparse.ArgumentParser(usage="python notebooks/watch.py RUN [RUN] [FLAGS]", add_help=False,
                                   allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    own.add_argument("--gif", type=Path, metavar="FILE", help="draw an animation of the first texts instead")
-    own.add_argument("--half", type=Path, metavar="FILE", help="write the run's best weights in half precision instead")
-    own.add_argument("-h", "--help", action="store_true", help="show this, and the flags of sample.py, which hold here")
+    own.add_argument("--gif", type=Path, metavar="FILE", help="do not play the texts: draw the first as an animation")
+    own.add_argument("--half", type=Path, metavar="FILE", help="write no text but the best weights, in half precision")
+    own.add_argument("-h", "--help", action="store_true", help="this, and sample.py's flags (no --run, --json)")
     files, argv = own.parse_known_args(argv)
     if files.help:
         print(own.format_help())

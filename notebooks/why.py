@@ -127,20 +127,21 @@ def reveal(N):
 def bell(a):
     """A batch for train.train in which diffusion masks a share t ~ Beta(a, a) of a block, and all tokens weigh alike.
 
-    What it descends is no bound: with little or nearly all of a block masked it hardly learns (arXiv 2605.13026). The
-    pairs of k and T+1-k stay, as the distribution is symmetric.
+    What it descends is no bound: it hardly learns from blocks with little or nearly all of them masked (arXiv
+    2605.13026). The k are the T quantiles of the distribution, in pairs of k and T+1-k, as it is symmetric.
     """
     t = np.linspace(0, 1, 4097)
     p = (t * (1 - t)) ** (a - 1)
     cdf = (np.cumsum(p) - p / 2) / p.sum()
 
     def batch(config, tokens, step, rows=slice(None)):
-        B, T, x = config["batch_size"], config["block_size"], train.get_batch(config, tokens, step, rows)[0]["x"]
+        (B, T), given = (config["batch_size"], config["block_size"]), train.get_batch(config, tokens, step, rows)[0]
+        device = given["x"].device
         generator = torch.Generator().manual_seed(train.derive(config["seed"], "mask", step))
         u = (uniform_k(B, T, generator).numpy() - 0.5) / T  # spread evenly over 0..1, in pairs of u and 1 - u
         k = 1 + torch.from_numpy(T * np.interp(u, cdf, t)).long().clamp(max=T - 1)  # (B,)
         mask = mask_k(k, T, generator)
-        return {"x": x, "mask": mask[rows].to(x.device)}, (2 * k / T)[rows].to(x.device)
+        return given | {"mask": mask[rows].to(device), "keep": None}, (2 * k / T)[rows].to(device)
     batch.__name__ = f"bell({a})"
     return batch
 
@@ -239,7 +240,7 @@ def main():
             objective, batch = "ar", hide(float(share))
         case ["orders", number] if number.isdecimal() and number != "0":
             objective, batch, train.make_model = "ar", orders(int(number)), permuted
-        case ["masks" | "reveal" | "bell" as kind, number] if number.isdecimal():
+        case ["masks" | "reveal" | "bell" as kind, number] if number.isdecimal() and (kind, number) != ("bell", "0"):
             objective, batch = "diffusion", {"masks": masks, "reveal": reveal, "bell": bell}[kind](int(number))
         case _:
             print(__doc__)

@@ -569,7 +569,7 @@ def test_the_next_command_that_is_printed_works(tmp_path, text, flags, preset):
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     tokens = json.loads(next(tmp_path.rglob("meta.json")).read_text())["splits"]["train"]["tokens"]
-    assert f"{tokens:,} unique tokens of the {tokens:,} in " in run.stdout  # all of one's own text
+    assert f"{tokens:,} unique tokens of the {tokens:,} for training in " in run.stdout  # all of one's own text
 
 
 @pytest.mark.parametrize("flags, U", [({}, 0), ({"unique_tokens": 3000}, 3000)])

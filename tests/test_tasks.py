@@ -236,6 +236,12 @@ def test_from_the_left_diffusion_reads_no_more_than_ar():
     assert tasks.completed(model, np.arange(300) % V, left=True, N=70).all()
 
 
+def test_a_model_without_a_number_for_a_block_finds_nothing():
+    model = tiny("ar", V=3, T=5).float()
+    model.forward = lambda x: torch.full((len(x),), torch.nan)
+    assert not tasks.fill(model, torch.zeros(4, 5, dtype=torch.long), 1)[16].any()
+
+
 @pytest.mark.parametrize("objective", ["ar", "diffusion"])
 def test_the_nats_of_a_word_are_the_chain_rule_by_hand(objective):
     """AR's given what is before it, diffusion's given both sides."""
@@ -300,10 +306,14 @@ def test_diffusion_fills_from_both_sides_in_any_number_of_passes(step, right):
 
 
 def test_the_4_grams_fill_a_gap_with_the_word_that_both_sides_fit(data):
-    tokens = data["char"].splits["train"][:20_000].astype(np.int64)
-    gapped = tasks.gaps(data["char"]._replace(splits={"train": tokens}), "train", T, 100)
-    right = np.concatenate([tasks.fill_ngrams(data["char"], tokens, x, n) for n, x in gapped.items()])
-    assert 0.2 < right.mean() < 1  # words of a length are few, and what surrounds them is random
+    """Between A or B and C or D stands one of four words: each side alone knows half of it."""
+    rng, words = np.random.default_rng(0), {"AC": "an", "AD": "is", "BC": "us", "BD": "we"}
+    text = "".join(f"{side[0]} {words[side]} {side[1]}. " for side in rng.choice([*words], 500))
+    tokenizer = prepare.Tokenizer.train("char", [text])
+    spoken = data["char"]._replace(tokenizer=tokenizer, splits={"train": tokenizer.encode(text)})
+    gapped = tasks.gaps(spoken, "train", T, 200)
+    right = np.concatenate([tasks.fill_ngrams(spoken, spoken.splits["train"], x, n) for n, x in gapped.items()])
+    assert [*gapped] == [3] and right.all()
 
 
 # ----- the command line, and what is made of its lines
@@ -342,6 +352,14 @@ def test_a_line_a_run_and_task_and_the_same_items_for_all(folder, data, capsys, 
     path.write_text(path.read_text() + json.dumps(letter | {"items_sha256": "0", "run": "out/other"}) + "\n")
     with pytest.raises(ValueError, match="out/other met other items of 'letter'"):
         tasks.read(path)
+
+
+@pytest.mark.parametrize("only, told", [
+    ("nats", ["nats"]), ("left", ["completed from the left"] * 2), ("choices", [*tasks.CHANCE])])
+def test_a_part_alone_is_no_more(folder, capsys, only, told):
+    found = lines(capsys, folder / "diffusion-s1", "--items=20", "--checkpoint=last", f"--only={only}")
+    found = [row for row in found if row["run"].endswith("diffusion-s1")]
+    assert [row["task"].removesuffix(", held out") for row in found] == told
 
 
 def test_what_a_person_can_get_wrong_is_told_in_one_line(folder, capsys):
