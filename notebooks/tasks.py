@@ -196,6 +196,11 @@ def points(nll):
     return best[:, 0] / best.sum(1)
 
 
+def mask_span(x, begin, end, V):
+    """x (B, T) with the mask, V, at positions begin to end - 1."""
+    return torch.cat((x[:, :begin], torch.full_like(x[:, begin:end], V), x[:, end:]), dim=1)
+
+
 @torch.no_grad()
 def completed(model, ids, left=False, N=512, n=8, seed=0):
     """Which of N spans of n tokens of ids (U,) a model writes verbatim at temperature 0: (N,) of 1 and 0.
@@ -211,7 +216,7 @@ def completed(model, ids, left=False, N=512, n=8, seed=0):
         if model.config.objective == "ar":
             written = sample_ar(model, x[:, :begin], begin + n, temperature=0)[0]  # [AR]
         else:
-            masked = torch.cat((x[:, :begin], torch.full_like(x[:, :n], V), x[:, begin + n:]), dim=1)
+            masked = mask_span(x, begin, begin + n, V)
             end = begin + n if left else T
             written = unmask(model, masked[:, :end], order="left", temperature=0)[0]  # [DIFFUSION]
         found.append((written[:, begin:begin + n] == x[:, begin:begin + n]).all(1).cpu())
@@ -244,7 +249,7 @@ def fill(model, x, n, tries=(1, 4, 16), seed=0):
     begin = (T - n + 1) // 2
     end, lowest, best = begin + n, torch.full((B,), torch.inf, device=x.device), torch.full_like(x, -1)
     if model.config.objective == "diffusion":  # [DIFFUSION]
-        masked = torch.cat((x[:, :begin], torch.full_like(x[:, begin:end], V), x[:, end:]), dim=1)
+        masked = mask_span(x, begin, end, V)
         written = {steps: unmask(model, masked, steps, "confidence", temperature=0)[0] for steps in tries}
         return {steps: (ids == x).all(1) for steps, ids in written.items()}
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -267,18 +272,22 @@ def word_nats(model, x, n):
     return conditional_nll(model, x[:, :last], target[:, :last])
 
 
-def fill_ngrams(data, tokens, x, n, most=200):
-    """As fill, by 4-grams: the likeliest of the 200 most frequent words of n tokens in training tokens (U,). (B,)"""
-    T, V = x.shape[1], data.tokenizer.vocab_size
-    begin = (T - n + 1) // 2
-    words = Counter(tuple(tokens[unit.begin:unit.end]) for unit in find_units(data.tokenizer, tokens, T, 1))
-    words = [word for word, _ in words.most_common() if len(word) == n][:most]
-    if not words:
-        return np.zeros(len(x), dtype=bool)
-    near = np.tile(x[:, None, begin - 3:begin + n + 3], (1, len(words), 1))  # (B, words, n + 6): all that sees it
-    near[:, :, 3:3 + n] = words
-    nll = ngrams(tokens.tolist(), near.reshape(-1, n + 6).tolist(), V).reshape(near.shape[:2])
-    return (np.array(words)[nll.argmin(1)] == x[:, begin:begin + n]).all(1)
+def fill_ngrams(data, tokens, gapped, most=200):
+    """As fill, by 4-grams: the likeliest of the 200 most frequent words of n tokens in training tokens (U,). (Q,)"""
+    units = find_units(data.tokenizer, tokens, stack(gapped).shape[1], 1)
+    counts, found = Counter(tuple(tokens[unit.begin:unit.end]) for unit in units).most_common(), []
+    for n, x in gapped.items():
+        begin = (x.shape[1] - n + 1) // 2
+        words = [word for word, _ in counts if len(word) == n][:most]
+        if not words:
+            found.append(np.zeros(len(x), dtype=bool))
+            continue
+        near = np.tile(x[:, None, begin - 3:begin + n + 3], (1, len(words), 1))  # (B, words, n + 6): all that sees it
+        near[:, :, 3:3 + n] = words
+        nll = ngrams(tokens.tolist(), near.reshape(-1, n + 6).tolist(), data.tokenizer.vocab_size)
+        best = nll.reshape(near.shape[:2]).argmin(1)
+        found.append((np.array(words)[best] == x[:, begin:begin + n]).all(1))
+    return np.concatenate(found)
 
 
 def mean_interval(values):
@@ -337,8 +346,8 @@ def without_network(opened, made, gapped, only):
             yield {"run": name, "checkpoint": None} | record(task, points(nll), blocks, example=example)
     if "gap" not in only:
         return
-    right = [fill_ngrams(opened.data, np.asarray(opened.tokens), x, n) for n, x in gapped.items()]
-    yield {"run": "4-gram", "checkpoint": None} | record("gap, 1", np.concatenate(right) * 1.0, stack(gapped))
+    right = fill_ngrams(opened.data, np.asarray(opened.tokens), gapped)
+    yield {"run": "4-gram", "checkpoint": None} | record("gap, 1", right * 1.0, stack(gapped))
 
 
 def with_network(opened, made, gapped, only):
