@@ -263,7 +263,7 @@ def draw_losses(ax, *logs):
     for log in logs:
         c, end, color = log[0]["config"], log[-1], COLOURS[log[0]["config"]["objective"]]
         regularised = c["dropout"] > 0 or c.get("replace", 0) > 0 or c["weight_decay"] > 0.5
-        ax.plot(*curve(log, "train_loss").T, ":", color=color, lw=1)
+        ax.plot(*curve(log, "train_loss").T, ":", color=color, lw=1, alpha=0.5 if regularised else 1)
         ax.plot(*curve(log).T, "--" if regularised else "-", color=color, lw=1.8)
         label = "AR{} (exact)" if c["objective"] == "ar" else "diffusion{} (bound)"
         labels.setdefault(label.format(", regularised" * regularised), (end["val_loss"], end["epoch"], color))

@@ -260,6 +260,20 @@ def fit(rows, bootstraps=0, seed=0):
     return Fit({key: value.item() for key, value in start.items()}, samples, r2.item(), residuals)
 
 
+def simulate(rows, law, noise, seeds=1, times=100):
+    """R_D* of fits to `times` simulated grids, (times,): what a design can find out if the law were right.
+
+    A grid has the N, U and E of rows, `seeds` runs of each; a run's log loss is the law's plus normal noise.
+    """
+    rng, found = np.random.default_rng(0), []
+    rows = [row for row in rows for _ in range(seeds)]
+    mean = log_loss(law, *([row[key] for row in rows] for key in ("N", "U", "E"))).numpy()
+    for _ in range(times):
+        losses = np.exp(mean + noise * rng.normal(size=len(rows)))
+        found.append(fit([row | {"loss": loss} for row, loss in zip(rows, losses, strict=True)]).law["R_D"])
+    return np.array(found)
+
+
 def best_at(law, U, C):
     """What C = 6 N U E FLOPs buy at best with U unique tokens: (loss, N, E), by a search over log N that narrows."""
     law = {key: number(value)[..., None] for key, value in law.items()}
@@ -310,7 +324,8 @@ def measured_crossings(logs):
     """Where diffusion overtakes AR in runs [(config, records)] of both, in FLOPs: {U: {seed: (equal, of_best, limit)}}.
 
     Of each number U of unique tokens and seed: at equal compute, the same network; AR's best, the lowest of all its
-    networks, by the diffusion network that gets there first. NaN where there is none up to the limit, diffusion's most.
+    networks, by the diffusion network that gets there first. NaN where there is none up to the limit: diffusion's most
+    FLOPs, or infinity if the bound of each of its runs ends over 0.01 nats above its lowest: more would not help.
     """
     groups = defaultdict(lambda: {"ar": [], "diffusion": []})
     for config, records in logs:
@@ -323,7 +338,9 @@ def measured_crossings(logs):
                      if ar[0]["config"]["parameters"] == log[0]["config"]["parameters"]]
             of_best = [sample.crossings(best, log)[1] for log in both["diffusion"]]
             first = [min((x for x in flops if x), default=math.nan) for flops in (equal, of_best)]
-            found[U][seed] = *first, max(log[-1]["flops"] for log in both["diffusion"])
+            limits = [log[-1]["flops"] for log in both["diffusion"]
+                      if log[-1]["val_loss"] < sample.best_of(log)["val_loss"] + 0.01]
+            found[U][seed] = *first, min(limits, default=math.inf)
     return dict(found)
 
 
@@ -333,20 +350,43 @@ def spread(flops):
     return f"{np.exp(np.log(flops).mean()):.2e} [{flops.min():.1e}, {flops.max():.1e}]" if len(flops) else "none"
 
 
-def critical_laws(points, samples=2000):
+def critical_laws(points, limits=None, samples=2000):
     """Power laws C (U / 4096)^b through points {U: FLOPs of each seed}: b and C, (1 + samples,) each.
 
-    The first is the least-squares fit to the mean of log FLOPs at each U, the others are fits to a bootstrap over the
-    seeds of each U. Seeds without a crossing (NaN) are left out. Raises ValueError below three U.
+    The first is the least-squares fit to log FLOPs, in which each U counts once. The others are fits to a bootstrap
+    over the seeds of each U. A seed without a crossing (NaN) is a lower limit where limits {U: FLOPs of each seed}
+    has a finite number for it: it counts if the law is below it. Otherwise it is left out. Raises ValueError below
+    three U with a crossing.
     """
-    points = {U: np.array(C)[np.isfinite(C)] for U, C in points.items()}
-    points = {U: np.log(C) for U, C in points.items() if len(C)}
-    if len(points) < 3:
-        raise ValueError(f"a power law from {len(points)} numbers of unique tokens: it takes 3 that have a crossing")
-    x, rng = np.log(np.array([*points]) / 4096), np.random.default_rng(0)
-    fits = [np.polyfit(x, [draw(C).mean() for C in points.values()], 1)
-            for draw in (lambda C: C, *[lambda C: rng.choice(C, len(C))] * samples)]
-    b, constants = np.array(fits).T
+    rows = [(math.log(U / 4096), np.log(C), np.log((limits or {}).get(U, np.nan * C))) for U, C in
+            ((U, np.array(C, dtype=float)) for U, C in points.items())]  # (log U, (seeds,), (seeds,))
+    if (crossed := sum(np.isfinite(C).any() for _, C, _ in rows)) < 3:
+        raise ValueError(f"a power law from {crossed} numbers of unique tokens: it takes 3 that have a crossing")
+    rng = np.random.default_rng(0)
+
+    def fit(draw):
+        x, y, limit, weight = [], [], [], []
+        for u, C, most in rows:
+            seeds = draw(len(C))
+            C, most = C[seeds], most[seeds]
+            some = np.isfinite(C) | np.isfinite(most)
+            if not some.any():
+                continue
+            x += [u] * some.sum()
+            y += [*np.where(np.isfinite(C), C, most)[some]]
+            limit += [*~np.isfinite(C[some])]
+            weight += [some.sum() ** -0.5] * some.sum()  # polyfit squares it
+        x, y, limit, weight = map(np.array, (x, y, limit, weight))
+        used = ~limit
+        for _ in range(20):  # until the limits that count are those above the law
+            law = np.polyfit(x[used], y[used], 1, w=weight[used])
+            before, used = used, ~limit | (np.polyval(law, x) < y)
+            if (used == before).all():
+                break
+        return law
+
+    every, again = np.arange, lambda n: rng.integers(0, n, n)
+    b, constants = np.array([fit(every), *(fit(again) for _ in range(samples))]).T
     return b, np.exp(constants)
 
 
@@ -398,6 +438,7 @@ def lever_table(logs, width=128):
         if last not in (None, objective):
             print()
         before, lowest, shown = old.get((objective, epochs, *noise)), f"= {log[-1]['best_loss']:.3f}", " " * 23
+        before = None if "width" in words else before  # which is of another network
         if objective == "diffusion":
             lowest = f"≤ {log[-1]['best_loss']:.3f} ± {log[-1]['best_stderr']:.3f}"
         if before and before[5] is not log:
@@ -449,3 +490,23 @@ def ngrams(tokens, blocks, V, n=4, discount=0.9):
                     p = (max(seen[token] - discount, 0) + discount * len(seen) * p) / seen.total()
             nll[row] -= np.log(p)
     return nll / len(blocks[0])
+
+
+def main():
+    """Print a line of JSON a design of the grid: the 5, 50 and 95 % quantiles of R_D* in simulate(). Some minutes."""
+    import study
+
+    grid = study.read("grid")
+    plateau = next(iter(grid.values()))[0]["unigram_entropy"] - 0.2
+    for objective in ("ar", "diffusion"):
+        rows = [row for row in table(grid, objective, "best") if row["loss"] <= plateau]
+        law, _, _, residuals = fit(rows)
+        for noise, seeds in ((residuals.std().item(), 1), (residuals.std().item(), 3), (0.005, 1)):
+            quantiles = np.quantile(simulate(rows, law, noise, seeds), (0.05, 0.5, 0.95)).round(1).tolist()
+            row = {"objective": objective, "runs": len(rows) * seeds, "noise": round(noise, 4), "R_D": law["R_D"],
+                   "quantiles": quantiles, "command": "python notebooks/laws.py"}
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -113,17 +113,15 @@ class Ensemble(GPT):
         return torch.stack([model.head(part).log_softmax(-1) for model, part in parts]).logsumexp(0)  # (..., V)
 
 
-def score_together(opened):
-    """The held-out loss of several open checkpoints as one Ensemble: a dict. Raises UserError if they differ."""
-    config, blocks = opened[0].config, opened[0].blocks
+def together(opened):
+    """Several open checkpoints as one, whose model is their Ensemble. Raises UserError if they do not fit."""
+    first, blocks = opened[0], opened[0].blocks
     for other in opened[1:]:
-        same = all(other.config[name] == config[name] for name in ("objective", "data_sha256", "block_size"))
+        same = all(other.config[name] == first.config[name] for name in ("objective", "data_sha256", "block_size"))
         if not same or not torch.equal(other.blocks, blocks):
-            raise UserError(f"{other.run} and {opened[0].run} differ in objective, data or held-out blocks: an "
+            raise UserError(f"{other.run} and {first.run} differ in objective, data or held-out blocks: an "
                             "ensemble is of runs that differ in the seed or the network")
-    with opened[0].context():
-        loss, stderr = evaluate(Ensemble([one.model for one in opened]), blocks, config["final_draws"])
-    return {"loss": loss, "stderr": stderr}
+    return SimpleNamespace(**vars(first) | {"model": Ensemble([one.model for one in opened])})
 
 
 def bar(parts, name):
@@ -310,8 +308,11 @@ def print_measures(argv=None):
         name, other = args.checkpoint or "best", {"split": args.split, "device": args.device, "data": args.data}
         with contextlib.redirect_stdout(sys.stderr):
             opened = [open_checkpoint(run, name, **other) for run in args.runs]
-            row = {"run": [*map(str, args.runs)], "checkpoint": name, "split": opened[0].config["split"],
-                   **score_together(opened), "command": command}
+            one = together(opened)
+            with one.context():
+                loss, stderr = evaluate(one.model, one.blocks, one.config["final_draws"])
+            row = {"run": [*map(str, args.runs)], "checkpoint": name, "split": one.config["split"], "loss": loss,
+                   "stderr": stderr, "command": command}
         print(json.dumps(row), flush=True)
         return
     for run in args.runs:

@@ -1,6 +1,7 @@
 """Beyond the loss: choices made from held-out text, gaps filled, and what a run completes verbatim.
 
     python notebooks/tasks.py out/pair-ar-s1 out/pair-diffusion-s1 --items=1000   best.pt and last.pt of both
+    python notebooks/tasks.py out/pair-ar-s1 out/pair-ar-s2 --ensemble            choices of the two as one
 
 Each item is a block of T tokens. One or two words in its middle are as written in choice 0, and replaced in
 the others. The likeliest text is what the model chooses. The tasks:
@@ -13,8 +14,8 @@ the others. The likeliest text is what the model chooses. The tasks:
   completed  no choice: the share of 8-token spans of training text (..., held out: of held-out text) written
              verbatim at temperature 0. AR reads what is before them, diffusion both sides; in "completed from
              the left" diffusion reads no more than AR
-  gap, m     no choice: the share of held-out words that are written as they were; how many tokens they have is
-             known. Diffusion has at most m forward passes, AR m candidates: see fill
+  gap, m     no choice: the share of held-out words that are found; how many tokens they have is known. Both
+             objectives search with a beam of m candidates: see fill
   nats       no choice: -log p of these words in nats, given both sides (diffusion) or what is before (AR), and
              half the 95 % interval
 
@@ -48,10 +49,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 from laws import ngrams  # noqa: E402
 from model import UserError  # noqa: E402
-from probe import bar, conditional_nll, open_checkpoint  # noqa: E402
+from probe import bar, conditional_nll, open_checkpoint, together  # noqa: E402
 from sample import sample_ar, told, unmask  # noqa: E402
 
 # Used where both have as many tokens: of the first five, which have not as many letters, only with BPE.
@@ -237,31 +239,35 @@ def gaps(data, split, T, items=1000, seed=0):
 
 
 @torch.no_grad()
-def fill(model, x, n, tries=(1, 4, 16), seed=0):
-    """Whether a model fills the gap of n tokens in blocks x (B, T) as it was: {each of tries: (B,) bool}.
+def fill(model, x, n, widths=(1, 4, 16)):
+    """Whether a model finds what stands in the gap of n tokens in blocks x (B, T): {width: (B,) bool}.
 
-    Diffusion: at temperature 0 in at most so many forward passes (and at most n), the surest tokens first. AR: of
-    so many candidates for what follows its left side, the first at temperature 0 and the others drawn, the one that
-    makes the whole block the likeliest. A candidate takes n + 1 forward passes: to write it, and to score the block.
-    AR's right side chooses and does not propose: with more candidates AR finds more.
+    A beam search writes the gap from left to right and keeps the likeliest candidates, as many as the width. What
+    it finds is the likeliest of them at the end. Diffusion reads both sides all along. AR can only write from what
+    is before a token; at the end it ranks its candidates by log p of the whole block, which has the right side, too.
     """
-    V, (B, T), found = model.config.vocab_size, x.shape, {}
-    begin = (T - n + 1) // 2
-    end, lowest, best = begin + n, torch.full((B,), torch.inf, device=x.device), torch.full_like(x, -1)
-    if model.config.objective == "diffusion":  # [DIFFUSION]
-        masked = mask_span(x, begin, end, V)
-        written = {steps: unmask(model, masked, steps, "confidence", temperature=0)[0] for steps in tries}
-        return {steps: (ids == x).all(1) for steps, ids in written.items()}
-    generator = torch.Generator(x.device).manual_seed(seed)
-    for i in range(max(tries)):  # [AR]
-        ids = sample_ar(model, x[:, :begin], end, temperature=float(i > 0), generator=generator)[0]
-        ids = torch.cat((ids, x[:, end:]), dim=1)
-        nll = model(ids)  # (B,)
-        best = torch.where((nll < lowest)[:, None], ids, best)
-        lowest = torch.minimum(nll, lowest)
-        if i + 1 in tries:
-            found[i + 1] = (best == x).all(1)
+    V, (B, T), ar = model.config.vocab_size, x.shape, model.config.objective == "ar"
+    begin, found = (T - n + 1) // 2, {}
+    for width in widths:
+        texts, log_p = mask_span(x, begin, begin + n, V)[:, None], x.new_zeros(B, 1, dtype=torch.float32)
+        for i in range(begin, begin + n):
+            total = log_p[..., None] + next_log_p(model, texts.flatten(0, 1), i).view(B, -1, V)  # (B, K, V)
+            log_p, best = total.flatten(1).topk(min(width, total[0].numel()))  # (B, K), now with this token
+            texts = texts.gather(1, (best // V)[..., None].expand(-1, -1, T))  # (B, K, T)
+            texts[..., i] = best % V
+        if ar:  # [AR]
+            log_p = -torch.cat([model(part) for part in texts.flatten(0, 1).split(256)]).view(B, -1)
+        found[width] = (texts[torch.arange(B), log_p.argmax(1)] == x).all(1)
     return found
+
+
+def next_log_p(model, x, i):
+    """log p (B, V) of the token at position i of x (B, T): given those before it (AR), or all unmasked ones."""
+    if model.config.objective == "ar":
+        x = F.pad(x[:, :i], (1, 0), value=model.config.vocab_size)  # [AR] the start symbol: i is now the last
+    keep = torch.arange(len(x), device=x.device) * x.shape[1] + i  # (B,)
+    parts = zip(x.split(256), keep.split(256), strict=True)
+    return torch.cat([model.head(model.hidden(part, keep=at - at[0] + i)).log_softmax(-1) for part, at in parts])
 
 
 def word_nats(model, x, n):
@@ -368,10 +374,10 @@ def with_network(opened, made, gapped, only):
             yield about | {"task": "nats", "items": len(nats), "mean": round(mean, 4), "interval": round(half, 4)}
         for n, x in bar([*gapped.items()] if "gap" in only else [], "gaps"):
             for part in torch.from_numpy(x).to(device).split(64):
-                for tries, filled in fill(opened.model, part, n).items():
-                    right[tries].append(filled.cpu())
-        for tries, filled in right.items():
-            yield about | record(f"gap, {tries}", torch.cat(filled).double().numpy(), stack(gapped))
+                for width, filled in fill(opened.model, part, n).items():
+                    right[width].append(filled.cpu())
+        for width, filled in right.items():
+            yield about | record(f"gap, {width}", torch.cat(filled).double().numpy(), stack(gapped))
 
 
 def print_tasks(argv=None):
@@ -382,28 +388,48 @@ def print_tasks(argv=None):
     parser.add_argument("--items", metavar="Q", type=int, default=1000, help="of each task, at most [1000]")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="one of them only [both]")
     parser.add_argument("--only", choices=PARTS, help="a part of it; left is of diffusion only [all]")
+    parser.add_argument("--ensemble", action="store_true", help="the choices of all runs as one network [best]")
     args = parser.parse_args(argv)
     only = [args.only] if args.only else PARTS
     if args.items < 2:
         parser.error(f"--items={args.items}: an interval takes at least 2")
+    if args.ensemble and args.only:
+        parser.error("--ensemble makes the choices alone: leave out --only")
     command = shlex.join(["python", "notebooks/tasks.py", *(sys.argv[1:] if argv is None else argv)])
     made, counted = {}, set()
+    for opened in [ensemble(args)] if args.ensemble else checkpoints(args):
+        T, U = opened.config["block_size"], len(opened.tokens)
+        text = opened.config["data_sha256"], T
+        if text not in made:
+            made[text] = [function(opened.data, "val", T, args.items) for function in (make, gaps)]
+        first = [] if (text, U) in counted or args.ensemble else without_network(opened, *made[text], only)
+        counted.add((text, U))
+        about = {"data": Path(opened.config["data"]).name, "unique_tokens": U, "command": command}
+        parts = ["choices"] if args.ensemble else only
+        for row in itertools.chain(first, with_network(opened, *made[text], parts)):
+            print(json.dumps(row | about), flush=True)
+
+
+def checkpoints(args):
+    """Yield the open checkpoints of each run: the last one only where it is not the best."""
     for run in args.runs:
         step = None
         for name in [args.checkpoint] if args.checkpoint else ["best", "last"]:
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for JSON
                 opened = open_checkpoint(run, name, split="val")
-            if opened.step == step:
-                continue  # the last network is the best
-            T, U, step = opened.config["block_size"], len(opened.tokens), opened.step
-            text = opened.config["data_sha256"], T
-            if text not in made:
-                made[text] = [function(opened.data, "val", T, args.items) for function in (make, gaps)]
-            first = [] if (text, U) in counted else without_network(opened, *made[text], only)
-            counted.add((text, U))
-            about = {"data": Path(opened.config["data"]).name, "unique_tokens": U, "command": command}
-            for row in itertools.chain(first, with_network(opened, *made[text], only)):
-                print(json.dumps(row | about), flush=True)
+            if opened.step != step:
+                yield opened
+            step = opened.step
+
+
+def ensemble(args):
+    """All runs as one open checkpoint, called by how many they are and what they are."""
+    name = args.checkpoint or "best"
+    with contextlib.redirect_stdout(sys.stderr):
+        opened = together([open_checkpoint(run, name, split="val") for run in args.runs])
+    kinds = dict.fromkeys(re.sub(r"-s\d+$", "", run.name) for run in args.runs)
+    opened.run = f"{len(args.runs)} x {' and '.join(kinds)}"
+    return opened
 
 
 def main(argv=None):

@@ -134,6 +134,17 @@ def test_bootstrap_intervals_cover_the_truth():
     assert covered >= 2
 
 
+def test_a_simulated_grid_has_the_law_with_noise(monkeypatch):
+    rows = synthetic(AR, 0.0)
+    assert laws.simulate(rows, AR, 1e-6, times=2) == pytest.approx(AR["R_D"], rel=0.02)
+    drawn = []
+    monkeypatch.setattr(laws, "fit", lambda rows: drawn.append(rows) or laws.Fit(AR, {}, 1.0, None))
+    assert laws.simulate(rows, AR, 0.05, seeds=3, times=40).tolist() == [AR["R_D"]] * 40
+    error = np.log([[row["loss"] for row in grid] for grid in drawn]) - np.repeat(np.log([r["loss"] for r in rows]), 3)
+    assert error.shape == (40, 3 * len(rows)) and error.std() == pytest.approx(0.05, rel=0.05)
+    assert abs(error.mean()) < 0.003
+
+
 def test_critical_compute_of_a_known_crossing():
     """With one beta and R* endless, L = A/N^a + B/D^a + E0: at the best N it is E0 + k C^(-a/2), so C is a formula."""
     a, common = 0.5, {"A": 100.0, "alpha": 0.5, "beta": 0.5, "R_D": 1e12, "R_N": 1e12}
@@ -242,8 +253,11 @@ def test_crossings_are_read_off_the_curves():
     equal, of_best, limit = found[100][1]  # seed 2 has no diffusion run
     assert list(found[100]) == [1] and limit == 16e6
     assert equal == pytest.approx(2e6 * 2 ** 0.8) and of_best == pytest.approx(4e6 * 2**0.5)  # linear in log epochs
-    _, none, _ = laws.measured_crossings([ar, slow])[100][1]
-    assert math.isnan(none)
+    _, none, limit = laws.measured_crossings([ar, slow])[100][1]
+    assert math.isnan(none) and limit == 16e6
+    turned = a_run("diffusion", 1, 100, [6, 5, 4, 3.5, 3.6])  # it overfits: more of it would not help
+    _, none, limit = laws.measured_crossings([ar, turned])[100][1]
+    assert math.isnan(none) and limit == math.inf
 
 
 def test_a_power_law_is_recovered_with_its_interval():
@@ -255,6 +269,23 @@ def test_a_power_law_is_recovered_with_its_interval():
     assert C_low < C < C_high and C == pytest.approx(3e11, rel=0.15)
     with pytest.raises(ValueError, match="takes 3"):
         laws.critical_laws({U: points[U] for U in (512, 1024, 16384)})
+
+
+def test_a_lower_limit_counts_where_the_law_is_below_it():
+    points = {U: 3e11 * (U / 4096) ** 1.5 * np.array([0.9, 1, 1.1]) for U in (1024, 2048, 4096, 8192)}
+    none = {16384: np.full(3, np.nan)}
+    exponent = {}
+    for factor in (0.5, 1, 4):
+        limits = {16384: factor * 3e11 * 4**1.5 * np.ones(3)}
+        b, low, high = laws.with_interval(laws.critical_laws(points | none, limits, samples=200)[0])
+        exponent[factor] = b
+        assert low <= b <= high
+    alone = laws.critical_laws(points, samples=1)[0][0]
+    assert exponent[0.5] == pytest.approx(alone) and exponent[1] == pytest.approx(alone, abs=0.01)
+    as_points = laws.critical_laws(points | {16384: 4 * 3e11 * 4**1.5 * np.ones(3)}, samples=1)[0][0]
+    assert exponent[4] == pytest.approx(as_points) and exponent[4] > alone + 0.2
+    never = laws.critical_laws(points | none, {16384: np.full(3, np.inf)}, samples=1)[0][0]
+    assert never == pytest.approx(alone)
 
 
 def test_the_spread_leaves_out_what_does_not_cross():

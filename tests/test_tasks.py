@@ -236,12 +236,6 @@ def test_from_the_left_diffusion_reads_no_more_than_ar():
     assert tasks.completed(model, np.arange(300) % V, left=True, N=70).all()
 
 
-def test_a_model_without_a_number_for_a_block_finds_nothing():
-    model = tiny("ar", V=3, T=5).float()
-    model.forward = lambda x: torch.full((len(x),), torch.nan)
-    assert not tasks.fill(model, torch.zeros(4, 5, dtype=torch.long), 1)[16].any()
-
-
 @pytest.mark.parametrize("objective", ["ar", "diffusion"])
 def test_the_nats_of_a_word_are_the_chain_rule_by_hand(objective):
     """AR's given what is before it, diffusion's given both sides."""
@@ -274,35 +268,54 @@ def test_a_gap_is_a_whole_word_in_the_middle_of_a_block(data, kind):
 
 
 def test_ar_chooses_the_candidate_that_the_right_side_fits():
-    """After 0 come 1 or 2 alike, and then 3 after 1 and 4 after 2: the left side alone knows half of it."""
+    """After 0 come 1 or 2, and then 3 after 1 and 4 after 2: the left side alone takes 1, which is a bit likelier."""
     V, T = 5, 5
     table = torch.full((V + 1, V), -20.0)
     for a, b in ((V, 0), (0, 1), (0, 2), (1, 3), (2, 4), (3, 0), (4, 0)):
         table[a, b] = 0.0
-    table[0, 1] += 1e-6  # temperature 0 writes 1
+    table[0, 1] += 1e-3
     model = GPT(GPTConfig("ar", V, T, n_layer=1, n_head=1, n_embd=8)).eval()
-    model.hidden = lambda x, cache=None, keep=None: F.embedding(x, table)
+    model.hidden = lambda x, cache=None, keep=None: F.embedding(x, table).flatten(0, 1)[
+        torch.arange(x.numel()) if keep is None else keep].view(*(x.shape if keep is None else keep.shape), V)
     model.head = lambda h: h
     x = torch.tensor([[3, 0, 1, 3, 0], [4, 0, 2, 4, 0]]).repeat(20, 1)
-    found = tasks.fill(model, x, 1, tries=(1, 16))
-    assert found[1].tolist() == [True, False] * 20 and found[16].all()
+    found = tasks.fill(model, x, 1, widths=(1, 2))
+    assert found[1].tolist() == [True, False] * 20 and found[2].all()
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_with_a_beam_that_holds_all_the_likeliest_filling_is_found(objective):
+    """By trying all V^n fillings; a narrow beam finds one that is at most as likely."""
+    model, (V, T, n) = tiny(objective, V=3, T=5), (3, 5, 2)
+    torch.nn.init.normal_(model.embed.weight)
+    x = torch.randint(V, (6, T), generator=torch.Generator().manual_seed(0))
+    begin = (T - n + 1) // 2
+    for block in x:
+        texts = block.repeat(V**n, 1)
+        texts[:, begin:begin + n] = torch.tensor([*itertools.product(range(V), repeat=n)])
+        if objective == "ar":
+            nll = T * model(texts).detach()
+        else:
+            target = torch.zeros_like(texts, dtype=torch.bool)
+            target[:, begin:begin + n] = True
+            nll = probe.conditional_nll(model, texts, target)
+        best = texts[nll.argmin()]
+        found = [tasks.fill(model, text[None], n, (V**n,))[V**n].item() for text in texts]
+        assert found == [bool((text == best).all()) for text in texts]
 
 
 @pytest.mark.parametrize("step, right", [(1, True), (2, False)])
-def test_diffusion_fills_from_both_sides_in_any_number_of_passes(step, right):
+def test_diffusion_fills_from_both_sides(step, right):
     """A text in which each token is that after it less one, and a model that takes `step` from that."""
     V = 7
 
     def hidden(x, cache=None, keep=None):
-        known = torch.where(x == V, V + 1, x)
-        after = F.pad(known[:, 1:], (0, 1))  # a mask follows from what is to its right, if that is known
-        return 9 * F.one_hot((after - step) % V, V).double() * (after <= V)[..., None]
+        after = F.pad(x[:, 1:], (0, 1))  # a mask follows from what is to its right, if that is known
+        return 9 * (F.one_hot((after - step) % V, V).float() * (after < V)[..., None]).flatten(0, 1)[keep]
 
     model = SimpleNamespace(config=GPTConfig("diffusion", V, T), hidden=hidden, head=lambda h: h)
     x = (torch.arange(T) + torch.arange(50)[:, None]) % V
     assert [found.tolist() for found in tasks.fill(model, x, 1).values()] == [[right] * 50] * 3
-    one, four, sixteen = tasks.fill(model, x, 4).values()  # one after another: the surest first
-    assert four.tolist() == sixteen.tolist() == [right] * 50 and one.double().mean() < 0.2
 
 
 def test_the_4_grams_fill_a_gap_with_the_word_that_both_sides_fit(data):
@@ -360,6 +373,16 @@ def test_a_part_alone_is_no_more(folder, capsys, only, told):
     found = lines(capsys, folder / "diffusion-s1", "--items=20", "--checkpoint=last", f"--only={only}")
     found = [row for row in found if row["run"].endswith("diffusion-s1")]
     assert [row["task"].removesuffix(", held out") for row in found] == told
+
+
+def test_an_ensemble_makes_its_choices_by_the_mean_probability(folder, data, capsys):
+    runs = [folder / "diffusion-s1"] * 2
+    alone, twice = lines(capsys, runs[0], "--items=20", "--only=choices", "--checkpoint=best"), lines(
+        capsys, *runs, "--items=20", "--ensemble")
+    assert [row["run"] for row in twice] == ["2 x diffusion"] * 5
+    assert [row["found"] for row in twice] == [row["found"] for row in alone if row["run"] == str(runs[0])]
+    assert tasks.main([str(folder / "ar-s1"), str(runs[0]), "--ensemble"]) == 2
+    assert "differ in objective" in capsys.readouterr().err
 
 
 def test_what_a_person_can_get_wrong_is_told_in_one_line(folder, capsys):
