@@ -12,6 +12,7 @@ At the end stands what notebooks share about measured losses: the crossings of t
 them, settings in words, likelihoods over orders, n-grams.
 """
 
+import argparse
 import json
 import math
 import re
@@ -324,8 +325,8 @@ def measured_crossings(logs):
     """Where diffusion overtakes AR in runs [(config, records)] of both, in FLOPs: {U: {seed: (equal, of_best, limit)}}.
 
     Of each number U of unique tokens and seed: at equal compute, the same network; AR's best, the lowest of all its
-    networks, by the diffusion network that gets there first. NaN where there is none up to the limit: diffusion's most
-    FLOPs, or infinity if the bound of each of its runs ends over 0.01 nats above its lowest: more would not help.
+    networks, by the diffusion network that gets there first. NaN where there is none up to the limit: the FLOPs of
+    diffusion's shortest run that does not overfit, or infinity if all do (they end over 0.01 nats above their lowest).
     """
     groups = defaultdict(lambda: {"ar": [], "diffusion": []})
     for config, records in logs:
@@ -355,38 +356,35 @@ def critical_laws(points, limits=None, samples=2000):
 
     The first is the least-squares fit to log FLOPs, in which each U counts once. The others are fits to a bootstrap
     over the seeds of each U. A seed without a crossing (NaN) is a lower limit where limits {U: FLOPs of each seed}
-    has a finite number for it: it counts if the law is below it. Otherwise it is left out. Raises ValueError below
-    three U with a crossing.
+    has a finite number for it: if the law is below the limit, the limit counts as a crossing, so that b is rather too
+    small. Other seeds without one are left out. Raises ValueError below three U with a crossing.
     """
-    rows = [(math.log(U / 4096), np.log(C), np.log((limits or {}).get(U, np.nan * C))) for U, C in
-            ((U, np.array(C, dtype=float)) for U, C in points.items())]  # (log U, (seeds,), (seeds,))
-    if (crossed := sum(np.isfinite(C).any() for _, C, _ in rows)) < 3:
+    rows = []  # (log U, log FLOPs, whether a limit) of each U, the last two (seeds,)
+    for U, C in ((U, np.array(C, dtype=float)) for U, C in points.items()):
+        C, limit = np.where(np.isfinite(C), C, (limits or {}).get(U, np.nan)), ~np.isfinite(C)
+        rows += [(math.log(U / 4096), np.log(C[np.isfinite(C)]), limit[np.isfinite(C)])] * bool(np.isfinite(C).any())
+    if (crossed := sum(not limit.all() for *_, limit in rows)) < 3:
         raise ValueError(f"a power law from {crossed} numbers of unique tokens: it takes 3 that have a crossing")
-    rng = np.random.default_rng(0)
 
     def fit(draw):
-        x, y, limit, weight = [], [], [], []
-        for u, C, most in rows:
-            seeds = draw(len(C))
-            C, most = C[seeds], most[seeds]
-            some = np.isfinite(C) | np.isfinite(most)
-            if not some.any():
-                continue
-            x += [u] * some.sum()
-            y += [*np.where(np.isfinite(C), C, most)[some]]
-            limit += [*~np.isfinite(C[some])]
-            weight += [some.sum() ** -0.5] * some.sum()  # polyfit squares it
-        x, y, limit, weight = map(np.array, (x, y, limit, weight))
-        used = ~limit
-        for _ in range(20):  # until the limits that count are those above the law
+        """The law of seeds drawn at each U; None if they have a crossing at fewer than two."""
+        drawn = [(u, C[seeds], limit[seeds]) for (u, C, limit), seeds in zip(rows, map(draw, rows), strict=True)]
+        if sum(not limit.all() for *_, limit in drawn) < 2:
+            return None
+        x, weight = (np.repeat(values, [len(C) for _, C, _ in drawn]) for values in
+                     ([u for u, *_ in drawn], [len(C) ** -0.5 for _, C, _ in drawn]))  # polyfit squares the weight
+        y, limit = (np.concatenate(values) for values in list(zip(*drawn, strict=True))[1:])
+        used, before = ~limit, None
+        while before is None or (used != before).any():  # until the limits that count are those above the law
             law = np.polyfit(x[used], y[used], 1, w=weight[used])
             before, used = used, ~limit | (np.polyval(law, x) < y)
-            if (used == before).all():
-                break
         return law
 
-    every, again = np.arange, lambda n: rng.integers(0, n, n)
-    b, constants = np.array([fit(every), *(fit(again) for _ in range(samples))]).T
+    rng, laws = np.random.default_rng(0), [fit(lambda row: np.arange(len(row[1])))]
+    while len(laws) < 1 + samples:
+        law = fit(lambda row: rng.integers(0, len(row[1]), len(row[1])))
+        laws += [law] if law is not None else []
+    b, constants = np.array(laws).T
     return b, np.exp(constants)
 
 
@@ -406,11 +404,13 @@ def critical_at(laws, U):
 def settings(config, width=128):
     """What of a run is not the old recipe of the laptop preset, in words ("" if nothing is); width: as usual there."""
     c = {"hide": 0, "replace": 0, "mask_weight": 0, "ema": 0, "batch": ""} | config  # the first logs lack them
-    clipped, adamw = c["mask_weight"] if c["objective"] == "diffusion" else 0, c["optimizer"] == "adamw"
-    clipped = 0 if c["batch"].startswith("bell") else clipped
+    kind, _, value = c["batch"].rstrip(")").partition("(")  # of why.py: bell(3), ...
+    clipped = c["mask_weight"] if c["objective"] == "diffusion" and kind != "bell" else 0
+    adamw = c["optimizer"] == "adamw"
     words = {"AdamW": adamw, f"lr {c['lr']:g}": adamw or c["lr"] != 0.002, f"batch size {c['batch_size']}":
              c["batch_size"] != 16, f"width {c['n_embd']}": c["n_embd"] != width,
-             f"weights min(1/t, {clipped:g})": clipped, "bell-shaped t": c["batch"].startswith("bell"), "EMA": c["ema"],
+             f"weights min(1/t, {clipped:g})": clipped, "bell-shaped t": kind == "bell", "EMA": c["ema"],
+             f"embedding's lr times {value}": kind == "embedding", f"lr down to {value}": kind == "decay",
              f"weight decay {c['weight_decay']:g}": c["weight_decay"] != 0.1, f"dropout {c['dropout']:g}": c["dropout"],
              f"{c['hide']:.0%} masked": c["hide"], f"{c['replace']:.0%} replaced": c["replace"]}
     return ", ".join(word for word, there in words.items() if there)
@@ -493,9 +493,10 @@ def ngrams(tokens, blocks, V, n=4, discount=0.9):
 
 
 def main():
-    """Print a line of JSON a design of the grid: the 5, 50 and 95 % quantiles of R_D* in simulate(). Some minutes."""
+    """Print a line of JSON a design of the grid: the 5, 50 and 95 % quantiles of R_D* in simulate()."""
     import study
 
+    argparse.ArgumentParser(description=f"{main.__doc__} It takes some minutes.").parse_args()
     grid = study.read("grid")
     plateau = next(iter(grid.values()))[0]["unigram_entropy"] - 0.2
     for objective in ("ar", "diffusion"):

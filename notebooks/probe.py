@@ -104,12 +104,13 @@ class Ensemble(GPT):
     def __init__(self, models):
         torch.nn.Module.__init__(self)
         self.config, self.embed, self.models = models[0].config, models[0].embed, torch.nn.ModuleList(models)
+        self.eval()
 
     def hidden(self, idx, cache=None, keep=None):
-        return torch.cat([model.hidden(idx, keep=keep) for model in self.models], dim=-1)  # (..., M C)
+        return torch.cat([model.hidden(idx, keep=keep) for model in self.models], dim=-1)  # (..., sum of the C)
 
     def head(self, h):
-        parts = zip(self.models, h.chunk(len(self.models), dim=-1), strict=True)
+        parts = zip(self.models, h.split([model.config.n_embd for model in self.models], dim=-1), strict=True)
         return torch.stack([model.head(part).log_softmax(-1) for model, part in parts]).logsumexp(0)  # (..., V)
 
 
@@ -117,9 +118,9 @@ def together(opened):
     """Several open checkpoints as one, whose model is their Ensemble. Raises UserError if they do not fit."""
     first, blocks = opened[0], opened[0].blocks
     for other in opened[1:]:
-        same = all(other.config[name] == first.config[name] for name in ("objective", "data_sha256", "block_size"))
-        if not same or not torch.equal(other.blocks, blocks):
-            raise UserError(f"{other.run} and {first.run} differ in objective, data or held-out blocks: an "
+        same = ("objective", "data_sha256", "unique_tokens", "block_size")
+        if any(other.config[name] != first.config[name] for name in same) or not torch.equal(other.blocks, blocks):
+            raise UserError(f"{other.run} and {first.run} differ in objective, text or held-out blocks: an "
                             "ensemble is of runs that differ in the seed or the network")
     return SimpleNamespace(**vars(first) | {"model": Ensemble([one.model for one in opened])})
 

@@ -15,7 +15,7 @@ the others. The likeliest text is what the model chooses. The tasks:
              verbatim at temperature 0. AR reads what is before them, diffusion both sides; in "completed from
              the left" diffusion reads no more than AR
   gap, m     no choice: the share of held-out words that are found; how many tokens they have is known. Both
-             objectives search with a beam of m candidates: see fill
+             objectives search with a beam of m candidates; "any" is the most that any search finds: see fill
   nats       no choice: -log p of these words in nats, given both sides (diffusion) or what is before (AR), and
              half the 95 % interval
 
@@ -245,19 +245,27 @@ def fill(model, x, n, widths=(1, 4, 16)):
     A beam search writes the gap from left to right and keeps the likeliest candidates, as many as the width. What
     it finds is the likeliest of them at the end. Diffusion reads both sides all along. AR can only write from what
     is before a token; at the end it ranks its candidates by log p of the whole block, which has the right side, too.
+    The last entry, "any": what stands there is found, or is likelier than what was. A wider beam, or any other
+    search, finds no more than these.
     """
     V, (B, T), ar = model.config.vocab_size, x.shape, model.config.objective == "ar"
     begin, found = (T - n + 1) // 2, {}
+    masked, truth = mask_span(x, begin, begin + n, V), x.new_zeros(B, dtype=torch.float32)
     for width in widths:
-        texts, log_p = mask_span(x, begin, begin + n, V)[:, None], x.new_zeros(B, 1, dtype=torch.float32)
+        texts, log_p = masked[:, None], x.new_zeros(B, 1, dtype=torch.float32)
         for i in range(begin, begin + n):
             total = log_p[..., None] + next_log_p(model, texts.flatten(0, 1), i).view(B, -1, V)  # (B, K, V)
             log_p, best = total.flatten(1).topk(min(width, total[0].numel()))  # (B, K), now with this token
             texts = texts.gather(1, (best // V)[..., None].expand(-1, -1, T))  # (B, K, T)
             texts[..., i] = best % V
         if ar:  # [AR]
-            log_p = -torch.cat([model(part) for part in texts.flatten(0, 1).split(256)]).view(B, -1)
-        found[width] = (texts[torch.arange(B), log_p.argmax(1)] == x).all(1)
+            log_p = -T * torch.cat([model(part) for part in texts.flatten(0, 1).split(256)]).view(B, -1)
+        best = log_p.max(1)  # of NaN, NaN: that finds nothing
+        found[width] = (texts[torch.arange(B), best.indices] == x).all(1) & best.values.isfinite()
+    for i in range(begin, begin + n) if not ar else ():  # [DIFFUSION]
+        truth += next_log_p(model, masked, i).gather(1, x[:, i:i + 1])[:, 0]
+        masked[:, i] = x[:, i]
+    found["any"] = found[width] | ((-T * model(x) if ar else truth) > best.values)
     return found
 
 

@@ -6,6 +6,8 @@
     python notebooks/why.py bell 3 --objective=diffusion --epochs=48    diffusion that masks about half, mostly
     python notebooks/why.py hide 0.15 --objective=ar --epochs=24        AR that reads 15 % of its tokens masked
     python notebooks/why.py attention --objective=ar --dropout=0.2      AR with dropout in the attention alone
+    python notebooks/why.py embedding 3 --objective=ar --epochs=24      three times the learning rate for the embedding
+    python notebooks/why.py decay 0 --objective=ar --epochs=24          a learning rate that falls to 0 of its peak
     python notebooks/why.py source data/source                          write a corpus of a known Markov source
 
 All other flags are train.py's. A batch here returns what train.get_batch does: the arguments of GPT.forward, and
@@ -158,9 +160,12 @@ def hide(share):
     return batch
 
 
-def attention(config, tokens, step, rows=slice(None)):
-    """train.get_batch under a name of its own, so that such a run is resumed with its own kind of dropout."""
-    return train.get_batch(config, tokens, step, rows)
+def usual(name):
+    """train.get_batch under another name, so that a run is resumed with what else is changed in it."""
+    def batch(config, tokens, step, rows=slice(None)):
+        return train.get_batch(config, tokens, step, rows)
+    batch.__name__ = name
+    return batch
 
 
 def with_dropout_in_attention_only(config):
@@ -170,6 +175,26 @@ def with_dropout_in_attention_only(config):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+def embedding_rate(factor):
+    """train.descend with `factor` times the learning rate for the embedding: beside Muon it has its own group."""
+    def descend(optimizers, lr):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                embedding = optimizer is optimizers[0] and group is optimizer.param_groups[0]
+                group["lr"] = lr * factor if embedding else lr
+            optimizer.step()
+            optimizer.zero_grad()
+    return descend
+
+
+def decay_to(share, before=train.learning_rate):
+    """train.learning_rate with a cosine down to this share of the peak, not to a tenth."""
+    def learning_rate(step, steps, peak):
+        lr = before(step, steps, peak)
+        return lr if step < max(1, steps // 100) else peak * (share + (1 - share) * (lr / peak - 0.1) / 0.9)
+    return learning_rate
 
 
 def markov(K=16, seed=1, concentration=0.1):
@@ -235,7 +260,11 @@ def main():
                 return 2
             return 0
         case ["attention"]:
-            objective, batch, train.make_model = "ar", attention, with_dropout_in_attention_only
+            objective, batch, train.make_model = "ar", usual("attention"), with_dropout_in_attention_only
+        case ["embedding" | "decay" as kind, number] if number.replace(".", "", 1).isdecimal():
+            objective, batch = "", usual(f"{kind}({number})")
+            name, change = {"embedding": ("descend", embedding_rate), "decay": ("learning_rate", decay_to)}[kind]
+            setattr(train, name, change(float(number)))
         case ["hide", share] if share.replace(".", "", 1).isdecimal():
             objective, batch = "ar", hide(float(share))
         case ["orders", number] if number.isdecimal() and number != "0":
@@ -245,7 +274,7 @@ def main():
         case _:
             print(__doc__)
             return 2
-    if not any(word == f"--objective={objective}" or word.startswith("--resume") for word in given):
+    if objective and not any(word == f"--objective={objective}" or word.startswith("--resume") for word in given):
         print(f"error: {' '.join(words)}: it takes --objective={objective}", file=sys.stderr)
         return 2
     return train.main(given, batch)

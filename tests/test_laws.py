@@ -286,6 +286,8 @@ def test_a_lower_limit_counts_where_the_law_is_below_it():
     assert exponent[4] == pytest.approx(as_points) and exponent[4] > alone + 0.2
     never = laws.critical_laws(points | none, {16384: np.full(3, np.inf)}, samples=1)[0][0]
     assert never == pytest.approx(alone)
+    few = {U: [C[0], np.nan, np.nan] for U, C in points.items()}  # a draw may have no crossing at all
+    assert np.isfinite(laws.critical_laws(few | none, {U: np.full(3, 1e9) for U in points}, samples=200)).all()
 
 
 def test_the_spread_leaves_out_what_does_not_cross():

@@ -315,7 +315,7 @@ def test_flags_that_mean_nothing_are_refused(folder, capsys, flags):
 def test_an_ensemble_predicts_the_mean_of_the_probabilities(objective):
     def network(seed):
         torch.manual_seed(seed)
-        net = GPT(GPTConfig(objective, vocab_size=7, block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
+        net = GPT(GPTConfig(objective, vocab_size=7, block_size=8, n_layer=1, n_head=1, n_embd=8 * seed)).eval()
         for p in net.parameters():
             p.data *= 8  # so that the networks differ
         return net

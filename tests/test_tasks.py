@@ -237,6 +237,13 @@ def test_from_the_left_diffusion_reads_no_more_than_ar():
 
 
 @pytest.mark.parametrize("objective", ["ar", "diffusion"])
+def test_a_model_without_a_number_finds_nothing(objective):
+    model = tiny(objective, V=3, T=5)
+    torch.nn.init.constant_(model.embed.weight, torch.nan)
+    assert not any(found.any() for found in tasks.fill(model, torch.full((4, 5), 2), 1).values())
+
+
+@pytest.mark.parametrize("objective", ["ar", "diffusion"])
 def test_the_nats_of_a_word_are_the_chain_rule_by_hand(objective):
     """AR's given what is before it, diffusion's given both sides."""
     model, V, T, n = tiny(objective, V=3, T=5), 3, 5, 2
@@ -280,7 +287,8 @@ def test_ar_chooses_the_candidate_that_the_right_side_fits():
     model.head = lambda h: h
     x = torch.tensor([[3, 0, 1, 3, 0], [4, 0, 2, 4, 0]]).repeat(20, 1)
     found = tasks.fill(model, x, 1, widths=(1, 2))
-    assert found[1].tolist() == [True, False] * 20 and found[2].all()
+    assert found[1].tolist() == [True, False] * 20 and found[2].all() and found["any"].all()
+    assert tasks.fill(model, x, 1, widths=(1,))["any"].all()  # the beam of one did not find what is likelier
 
 
 @pytest.mark.parametrize("objective", ["ar", "diffusion"])
@@ -300,8 +308,14 @@ def test_with_a_beam_that_holds_all_the_likeliest_filling_is_found(objective):
             target[:, begin:begin + n] = True
             nll = probe.conditional_nll(model, texts, target)
         best = texts[nll.argmin()]
-        found = [tasks.fill(model, text[None], n, (V**n,))[V**n].item() for text in texts]
-        assert found == [bool((text == best).all()) for text in texts]
+        found = [tasks.fill(model, text[None], n, (V**n,)) for text in texts]
+        assert [wide[V**n].item() for wide in found] == [bool((text == best).all()) for text in texts]
+        assert all(wide["any"] == wide[V**n] for wide in found)
+        for text in texts:
+            narrow = tasks.fill(model, text[None], n, (1,))
+            assert narrow[1] <= narrow["any"]
+            if (text == best).all():
+                assert narrow["any"]
 
 
 @pytest.mark.parametrize("step, right", [(1, True), (2, False)])
@@ -315,7 +329,7 @@ def test_diffusion_fills_from_both_sides(step, right):
 
     model = SimpleNamespace(config=GPTConfig("diffusion", V, T), hidden=hidden, head=lambda h: h)
     x = (torch.arange(T) + torch.arange(50)[:, None]) % V
-    assert [found.tolist() for found in tasks.fill(model, x, 1).values()] == [[right] * 50] * 3
+    assert [found.tolist() for found in tasks.fill(model, x, 1).values()] == [[right] * 50] * 4
 
 
 def test_the_4_grams_fill_a_gap_with_the_word_that_both_sides_fit(data):
@@ -341,9 +355,9 @@ def lines(capsys, *argv):
 def test_a_line_a_run_and_task_and_the_same_items_for_all(folder, data, capsys, tmp_path):
     runs = [folder / "ar-s1", folder / "diffusion-s1"]
     found = lines(capsys, *runs, "--items=60", "--checkpoint=last")
-    names = [*tasks.CHANCE, "completed", "completed, held out", "nats", "gap, 1", "gap, 4", "gap, 16"]
+    names = [*tasks.CHANCE, "completed", "completed, held out", "nats", "gap, 1", "gap, 4", "gap, 16", "gap, any"]
     assert [row["task"] for row in found if row["run"] == str(runs[0])] == names
-    assert [row["run"] for row in found[:3]] == ["4-gram", "length", "unigram"] and len(found) == 16 + 11 + 13
+    assert [row["run"] for row in found[:3]] == ["4-gram", "length", "unigram"] and len(found) == 16 + 12 + 14
     assert all(row["command"].endswith("diffusion-s1 --items=60 --checkpoint=last") for row in found)
     for task in names:
         assert task == "nats" or len({row["items_sha256"] for row in found if row["task"] == task}) == 1

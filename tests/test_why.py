@@ -9,7 +9,7 @@ import torch
 
 import train
 from conftest import tiny
-from model import UserError, evaluate, save_checkpoint
+from model import UserError, evaluate, make_optimizers, save_checkpoint
 
 sys.path.append(str(Path(__file__).parent.parent / "notebooks"))
 
@@ -130,6 +130,33 @@ def test_bell_masks_about_half_in_pairs_and_weighs_all_tokens_alike(a, spread):
     part = why.bell(a)(config, torch.arange(5000) % 100, 5, slice(4, 8))  # of a process
     whole = why.bell(a)(config, torch.arange(5000) % 100, 5)
     assert torch.equal(part[0]["mask"], whole[0]["mask"][4:8]) and torch.equal(part[1], whole[1][4:8])
+
+
+def test_the_embedding_alone_has_another_learning_rate():
+    model = tiny("diffusion")
+    optimizers, before = make_optimizers(model, "muon", 0.1, 0.0), {}
+    for step in (train.descend, why.embedding_rate(3)):
+        step(optimizers, 0.0)  # no gradient: nothing moves
+        for name, p in model.named_parameters():
+            p.grad = torch.ones_like(p)
+            before[name] = p.detach().clone()
+        step(optimizers, 0.01)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == set(before)
+    assert {name for name, p in model.named_parameters() if rate[id(p)] == 0.03} == {"embed.weight"}
+    assert {rate[id(p)] for name, p in model.named_parameters() if name != "embed.weight"} == {0.01}
+
+
+def test_a_learning_rate_that_falls_to_another_share_of_its_peak():
+    zero, tenth = why.decay_to(0.0), why.decay_to(0.1)
+    for step in range(1001):
+        usual = train.learning_rate(step, 1000, 2.0)
+        assert tenth(step, 1000, 2.0) == pytest.approx(usual)
+        assert step >= 10 or zero(step, 1000, 2.0) == usual  # while it warms up
+        assert zero(step, 1000, 2.0) <= usual + 1e-12
+    assert zero(1000, 1000, 2.0) == pytest.approx(0) and zero(505, 1000, 2.0) == pytest.approx(1.0)
 
 
 def test_dropout_in_the_attention_alone():
