@@ -260,6 +260,15 @@ def test_crossings_are_read_off_the_curves():
     assert math.isnan(none) and limit == math.inf
 
 
+def test_the_table_of_crossings_shows_means_and_what_is_missing(capsys):
+    runs = [a_run("ar", seed, 1000, [5, 3, 4, 5, 6]) for seed in (1, 2)]
+    runs += [a_run("diffusion", 1, 1000, [6, 5, 3.5, 2.5, 2.7]), a_run("diffusion", 2, 1000, [6, 5, 4, 3.5, 3.4])]
+    found = laws.crossing_table(runs)
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    assert words[:2] == ["1,000", "2"] and f"{found[1000][1][1]:.2e}" in words  # seed 2 has no crossing of AR's best
+    assert words[-9:] == ["0", "1", "=", "3.000", "≤", "2.950", "12", "of", "16"]
+
+
 def test_a_power_law_is_recovered_with_its_interval():
     rng = np.random.default_rng(1)
     points = {U: 3e11 * (U / 4096) ** 1.5 * np.exp(0.1 * rng.standard_normal(3)) for U in (512, 1024, 2048, 4096, 8192)}
