@@ -379,9 +379,11 @@ def critical_laws(points, limits=None, samples=2000):
     small. Other seeds without one are left out. Raises ValueError below three U with a crossing.
     """
     rows = []  # (log U, log FLOPs, whether a limit) of each U, the last two (seeds,)
-    for U, C in ((U, np.array(C, dtype=float)) for U, C in points.items()):
-        C, limit = np.where(np.isfinite(C), C, (limits or {}).get(U, np.nan)), ~np.isfinite(C)
-        rows += [(math.log(U / 4096), np.log(C[np.isfinite(C)]), limit[np.isfinite(C)])] * bool(np.isfinite(C).any())
+    for U, C in points.items():
+        limit = ~np.isfinite(C)
+        C = np.where(limit, (limits or {}).get(U, np.nan), C)
+        if (some := np.isfinite(C)).any():
+            rows.append((math.log(U / 4096), np.log(C[some]), limit[some]))
     if (crossed := sum(not limit.all() for *_, limit in rows)) < 3:
         raise ValueError(f"a power law from {crossed} numbers of unique tokens: it takes 3 that have a crossing")
 

@@ -178,7 +178,10 @@ def with_dropout_in_attention_only(config):
 
 
 def embedding_rate(factor):
-    """train.descend with `factor` times the learning rate for the embedding: beside Muon it has its own group."""
+    """train.descend with `factor` times the learning rate for the embedding, which is the one that the log shows.
+
+    Beside Muon the embedding has a group of its own, the first.
+    """
     def descend(optimizers, lr):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
