@@ -357,16 +357,16 @@ def crossing_table(logs):
     Losses and epochs are means over the runs, crossings geometric means over the seeds that have one.
     """
     found = measured_crossings(logs)
-    print(f"{'':15}FLOPs, mean over the seeds [least, greatest]{'':15}none of{'':7}lowest loss, mean    diffusion's\n"
-          f"{'U':>7} {'seeds':6} {'equal compute':26} {'AR’s best':26} equal best      AR  diffusion   lowest at epoch")
+    print(f"{'':12}FLOPs, mean over the seeds [least, greatest]{'':11}none of  lowest loss, mean    diffusion's\n"
+          f"{'U':>7} seeds {'equal compute':26} {'AR’s best':24} equal best     AR  diffusion  lowest at epoch")
     for U, seeds in found.items():
         ar, diffusion = ([records for c, records in logs if (c["unique_tokens"], c["objective"]) == (U, objective)]
                          for objective in ("ar", "diffusion"))
         low, bound = (np.mean([records[-1]["best_loss"] for records in runs]) for runs in (ar, diffusion))
         epoch = np.mean([min(records, key=lambda r: r["val_loss"])["epoch"] for records in diffusion])
         epochs, (equal, of_best, _) = diffusion[0][-1]["epoch"], np.array([*seeds.values()]).T
-        print(f"{U:7,} {len(seeds):5}  {spread(equal):26} {spread(of_best):26} {np.isnan(equal).sum():5} "
-              f"{np.isnan(of_best).sum():4}  = {low:.3f}  ≤ {bound:.3f} {epoch:8.0f} of {epochs:.0f}")
+        print(f"{U:7,}{len(seeds):4}  {spread(equal):26} {spread(of_best):26}{np.isnan(equal).sum():3} "
+              f"{np.isnan(of_best).sum():4}  = {low:.3f} ≤ {bound:.3f} {epoch:4.0f} of {epochs:.0f}")
     return found
 
 
