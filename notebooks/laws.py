@@ -363,7 +363,7 @@ def crossing_table(logs):
         ar, diffusion = ([records for c, records in logs if (c["unique_tokens"], c["objective"]) == (U, objective)]
                          for objective in ("ar", "diffusion"))
         low, bound = (np.mean([records[-1]["best_loss"] for records in runs]) for runs in (ar, diffusion))
-        epoch = np.mean([min(records, key=lambda r: r["val_loss"])["epoch"] for records in diffusion])
+        epoch = np.mean([sample.best_of([None, *records])["epoch"] for records in diffusion])
         epochs, (equal, of_best, _) = diffusion[0][-1]["epoch"], np.array([*seeds.values()]).T
         print(f"{U:7,}{len(seeds):4}  {spread(equal):26} {spread(of_best):26}{np.isnan(equal).sum():3} "
               f"{np.isnan(of_best).sum():4}  = {low:.3f} ≤ {bound:.3f} {epoch:4.0f} of {epochs:.0f}")
