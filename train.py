@@ -578,30 +578,30 @@ def main(argv=None, get_batch=get_batch):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that has no ± gets a question mark
-    try:
-        given = parse(argv)
-        if "compare" in given:
-            say(sample.compare(*given["compare"]))
-            return 0
-        run = given.pop("resume", None)
-        config, saved = (make_config(**given), None) if run is None else reopen(run, given, get_batch)
-        with noted_signals() as signals:
+    with noted_signals() as signals:  # to its end: when one process dies, torchrun sends the others SIGTERM
+        try:
+            given = parse(argv)
+            if "compare" in given:
+                say(sample.compare(*given["compare"]))
+                return 0
+            run = given.pop("resume", None)
+            config, saved = (make_config(**given), None) if run is None else reopen(run, given, get_batch)
             log = train(config, saved, lambda: signals, get_batch)
-        return 128 + signals[0] if signals and "final_loss" not in log[-1] else 0
-    except (UserError, prepare.DataError) as error:
-        told = error
-    except OSError as error:
-        told = f"{error}\nwhat was written before is whole: mend that, then go on with --resume"
-    except RuntimeError as error:
-        if not dist.is_initialized():
-            raise
-        told = (f"{str(error).strip().splitlines()[0]}\nlikely another process of this run ended and took "
-                "this one along; what was saved is whole: go on with --resume")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"error: {told}", file=sys.stderr)
-    return 2
+            return 128 + signals[0] if signals and "final_loss" not in log[-1] else 0
+        except (UserError, prepare.DataError) as error:
+            told = error
+        except OSError as error:
+            told = f"{error}\nwhat was written before is whole: mend that, then go on with --resume"
+        except RuntimeError as error:
+            if not dist.is_initialized():
+                raise
+            told = (f"{str(error).strip().splitlines()[0]}\nlikely another process of this run ended and took "
+                    "this one along; what was saved is whole: go on with --resume")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        print(f"error: {told}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
