@@ -11,7 +11,8 @@ steps, and measures each kind by four numbers that a good text must satisfy toge
   distinct4    the share of different ones among all sequences of 4 tokens, finds that out: it falls then
   memorised    the share of sequences of 8 tokens that stand in the training text
 
-Everything is written to notebooks/results/sampling.json, with the command, the seed and the settings.
+Everything is written to notebooks/results/sampling.json, with the command, the seed and the settings. --remask
+prints other rows instead: what a sampler that masks written tokens again gains, in the same number of steps.
 """
 
 import argparse
@@ -28,10 +29,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import UserError, evaluate, load_checkpoint, model_from_checkpoint  # noqa: E402
+from model import UserError, block_losses, evaluate, load_checkpoint, model_from_checkpoint  # noqa: E402
 from prepare import load  # noqa: E402
 from probe import memorised  # noqa: E402
-from sample import sample_ar, sample_diffusion  # noqa: E402
+from sample import pick, sample_ar, sample_diffusion  # noqa: E402
+from tasks import gaps, mask_span, mean_interval  # noqa: E402
 
 RESULT = ROOT / "notebooks" / "results" / "sampling.json"
 
@@ -87,6 +89,51 @@ def measure(models, training, held_out, count, seed, orders=("random", "confiden
     return rows
 
 
+@torch.no_grad()
+def remask(model, x, steps, sigma, generator):
+    """Unmask x (B, T) where it is V in steps forward passes; written tokens may be masked again. Returns ids.
+
+    ReMDM-cap (arXiv 2503.00307): on average the share a of the text is unmasked, and b in the next step. A token
+    that was written is masked again with probability min(sigma, (1 - b) / a), and a mask is unmasked with the
+    probability that keeps this average. With sigma = 0 it is sample.unmask in random order.
+    """
+    V, free = model.config.vocab_size, x == model.config.vocab_size
+    for left in range(steps, 0, -1):
+        a, b = 1 - left / steps, 1 - (left - 1) / steps
+        again = min(sigma, (1 - b) / a) if a > 0 else 0
+        masked, noise = x == V, torch.rand(x.shape, generator=generator, dtype=torch.float64)
+        chosen = masked & (noise < (b - (1 - again) * a) / (1 - a))
+        drawn = pick(model.head(model.hidden(x)[chosen]), generator=generator)  # (M,)
+        x = x.masked_fill(free & ~masked & (noise < again), V).masked_scatter(chosen, drawn)
+    return x
+
+
+def measure_remasking(models, training, gapped, count, seed):
+    """Yield rows of remask: texts of one block, by quality; and the share of held-out words found in gaps.
+
+    gapped: tasks.gaps, {n: (Q, T) ids with a word of n tokens in the middle}.
+    """
+    model, (V, T) = models["diffusion"], (models["ar"].config.vocab_size, models["ar"].config.block_size)
+    for steps in (T, T // 4, T // 8):
+        for sigma in (0, 0.01, 0.03, 0.1):
+            generator = torch.Generator().manual_seed(seed)
+            ids = remask(model, torch.full((count, T), V), steps, sigma, generator)
+            row = {"what": "texts", "steps": steps, "sigma": sigma, "samples": count}
+            half = mean_interval(block_losses(models["ar"], ids, None, 32).detach().numpy())[1]
+            yield row | quality(ids, models, training) | {"nll_ar_interval": half}
+    for steps in (8, 32):
+        for sigma in (0, 0.03, 0.1, 0.3):
+            generator, right = torch.Generator().manual_seed(seed), []
+            for n, x in gapped.items():
+                begin = (T - n + 1) // 2
+                for part in torch.from_numpy(x).split(64):
+                    written = remask(model, mask_span(part, begin, begin + n, V), steps, sigma, generator)
+                    right.append((written == part).all(1))
+            share, half = mean_interval(torch.cat(right).double().numpy())
+            row = {"what": "gaps", "steps": steps, "sigma": sigma, "words": sum(map(len, right))}
+            yield row | {"found": share, "interval": half}
+
+
 def table(rows):
     """The rows as lines of Markdown."""
     lines = ["| writer | forward passes | seconds | nats/token: AR | diffusion | distinct 4 | memorised |",
@@ -108,6 +155,7 @@ def main(argv=None):
     parser.add_argument("--data", help="folder where the data of the runs lie now [where they lay then]")
     parser.add_argument("--count", type=int, default=64, help="samples of every kind [64]")
     parser.add_argument("--seed", type=int, default=1, help="[1]")
+    parser.add_argument("--remask", action="store_true", help="print rows of a sampler that masks again")
     parser.add_argument("--json", type=Path, default=RESULT, help="[notebooks/results/sampling.json]")
     args = parser.parse_args(argv)
     try:
@@ -128,13 +176,18 @@ def main(argv=None):
     split = torch.from_numpy(data.splits[c["split"]].astype(np.int64))
     blocks = split[:len(split) // T * T].view(-1, T)
     held_out = blocks[torch.linspace(0, len(blocks) - 1, args.count).long()]
-    rows = measure(models, data.splits["train"][:c["unique_tokens"]], held_out, args.count, args.seed)
+    training = data.splits["train"][:c["unique_tokens"]]
+    flags = [f"--data={args.data}"] * bool(args.data) + ["--remask"] * args.remask
+    command = shlex.join(["python", "notebooks/sampling.py", f"--ar={args.ar}", f"--diffusion={args.diffusion}",
+                          f"--count={args.count}", f"--seed={args.seed}", *flags])
+    if args.remask:
+        for row in measure_remasking(models, training, gaps(data, c["split"], T), args.count, args.seed):
+            print(json.dumps(row | {"command": command}), flush=True)
+        return 0
+    rows = measure(models, training, held_out, args.count, args.seed)
     told = ("command", "seed", "objective", "parameters", "block_size", "unique_tokens", "epochs", "split")
     runs = {name: {"step": saved[name]["state"]["step"]} | {key: config[key] for key in told}
             for name, config in configs.items()}
-    command = shlex.join(["python", "notebooks/sampling.py", f"--ar={args.ar}",
-                          f"--diffusion={args.diffusion}", f"--count={args.count}", f"--seed={args.seed}",
-                          *([f"--data={args.data}"] if args.data else [])])
     result = {"command": command, "seed": args.seed, "temperature": 1.0, "checkpoint": "best",
               "threads": torch.get_num_threads(), "runs": runs, "rows": rows,
               "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}

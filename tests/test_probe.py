@@ -15,9 +15,10 @@ import probe
 import sample
 import sampling
 import train
-from conftest import change_one_id
+from conftest import change_one_id, tiny
 from model import GPT, GPTConfig, UserError, evaluate, load_checkpoint, model_from_checkpoint, save_checkpoint
 from probe import chain_rule_nll
+from sample import unmask
 
 T = 16
 
@@ -298,6 +299,41 @@ def test_the_table_of_samples_takes_data_from_another_folder_too(folder, tmp_pat
     change_one_id(data)
     assert sampling.main([*argv, f"--json={found}", f"--data={data}"]) == 2
     assert "is not the data of this run" in capsys.readouterr().err
+
+
+def test_the_sampler_that_masks_again_keeps_to_its_average_and_to_what_is_given():
+    """Without masking again it is unmask, bit for bit; with it, it masks as many as it should and no given token."""
+    model, V, T, generator = tiny("diffusion", V=3, T=40).float(), 3, 40, torch.Generator()
+    x = torch.full((64, T), V)
+    for steps in (1, 5, 16):
+        written = sampling.remask(model, x, steps, 0, generator.manual_seed(1))
+        assert written.equal(unmask(model, x, steps, generator=generator.manual_seed(1))[0])
+    seen, hidden = [], model.hidden
+    model.hidden = lambda x: seen.append((x == V).double().mean().item()) or hidden(x)
+    written = sampling.remask(model, x, 20, 0.2, generator)
+    assert len(seen) == 20 and not (written == V).any()
+    assert np.abs(np.array(seen) - np.linspace(1, 0.05, 20)).max() < 0.05  # 2560 tokens: 0.01 is one deviation
+    x[:, 10:] = torch.randint(V, (64, T - 10), generator=generator)
+    texts = []
+    model.hidden = lambda x: texts.append(x) or hidden(x)
+    sampling.remask(model, x, 20, 0.2, generator)
+    assert all(text[:, 10:].equal(x[:, 10:]) for text in texts)
+    again = [(before != V) & (after == V) for before, after in zip(texts, texts[1:], strict=False)]
+    assert sum(mask.sum() for mask in again) > 100  # that are masked again
+
+
+def test_masking_again_is_measured_on_texts_and_in_gaps():
+    """A gap of one token is filled by its one conditional, so a word is found as often as that says it is."""
+    models = {name: tiny(name, V=4, T=16).float() for name in ("ar", "diffusion")}
+    words = torch.randint(4, (500, 16), generator=torch.Generator().manual_seed(0))
+    masked = words.clone()
+    masked[:, 8] = 4
+    with torch.no_grad():
+        p = models["diffusion"].logits(masked)[:, 8].softmax(-1).gather(1, words[:, 8:9]).mean().item()
+    rows = list(sampling.measure_remasking(models, np.arange(99) % 4, {1: words.numpy()}, count=2, seed=1))
+    assert [row["what"] for row in rows] == ["texts"] * 12 + ["gaps"] * 8
+    assert {row["sigma"] for row in rows} == {0, 0.01, 0.03, 0.1, 0.3}
+    assert all(row["words"] == 500 and abs(row["found"] - p) < 2 * row["interval"] for row in rows[12:])
 
 
 @pytest.mark.parametrize("flags", [
