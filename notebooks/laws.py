@@ -91,7 +91,7 @@ def loss_law(law, N, U, E):
 
 
 def table(logs, objective, treatment):
-    """One row {N, U, E, loss} a run of one objective, from study.read's logs.
+    """One row {N, U, E, seed, loss} a run of one objective, from study.read's logs.
 
     treatment: "final" is the loss after the last step. "best" is the lowest evaluation of the run, as with early
     stopping: for AR, whose loss rises when it overfits, which the law can not. E stays the epochs that were planned.
@@ -104,7 +104,7 @@ def table(logs, objective, treatment):
         if config["objective"] == objective:
             lowest = min(records, key=lambda r: r["val_loss"])
             rows.append({"N": config["parameters"], "U": config["unique_tokens"],
-                         "E": lowest["epoch"] if treatment == "stopped" else config["epochs"],
+                         "E": lowest["epoch"] if treatment == "stopped" else config["epochs"], "seed": config["seed"],
                          "loss": records[-1]["final_loss" if treatment == "final" else "best_loss"]})
     return rows
 
@@ -112,12 +112,15 @@ def table(logs, objective, treatment):
 def worth_measured(rows):
     """D'/U without the law: per run with E > 1 the U of new tokens that gives its network the same loss, over its U.
 
-    Interpolated in log U and log loss between neighbouring single-epoch runs of the same N; a run with a loss above or
-    below all of them is left out. Returns rows {N, U, E, loss, worth}.
+    Interpolated in log U and log loss between neighbouring single-epoch runs of the same N and seed; a run with a loss
+    above or below all of them is left out. Returns rows {N, U, E, seed, loss, worth}.
     """
-    found = []
+    found, alike = [], defaultdict(list)
+    for r in rows:
+        if r["E"] == 1:
+            alike[r["N"], r["seed"]].append((r["U"], r["loss"]))
     for r in (r for r in rows if r["E"] > 1):
-        once = sorted((s["U"], s["loss"]) for s in rows if s["N"] == r["N"] and s["E"] == 1)
+        once = sorted(alike[r["N"], r["seed"]])
         for (u, before), (v, after) in zip(once, once[1:], strict=False):
             if before >= r["loss"] >= after and before > after:
                 share = math.log(before / r["loss"]) / math.log(before / after)
@@ -127,21 +130,29 @@ def worth_measured(rows):
 
 
 def worth_table(rows):
-    """Print worth_measured of the rows of each objective, as the mean over U for each number of epochs and network.
+    """Print worth_measured of the rows of each objective for each number of epochs and network, means over U.
 
-    Returns {objective: {(N, E): epochs of new text}}.
+    The mean over the seeds, and the least and the greatest. Returns {objective: {(N, E): (seeds,) epochs of new text}}.
     """
     sizes, worth = sorted({row["N"] for each in rows.values() for row in each}), defaultdict(dict)
-    print(f"{'':22}worth in epochs of new text, for a network of")
-    print(f"{'':10} epochs " + "".join(f"{N:>12,}" for N in sizes) + "  parameters (-: no run to compare)")
+    print(f"{'':22}worth in epochs of new text, for a network of (-: no run to compare)")
+    print(f"{'':10} epochs " + "".join(f"{N:>15,}     " for N in sizes) + "  parameters")
     for objective, each in rows.items():
-        measured = worth_measured(each)
-        for E in sorted({row["E"] for row in measured}):
-            of_size = {N: [row["worth"] for row in measured if (row["N"], row["E"]) == (N, E)] for N in sizes}
-            worth[objective] |= {(N, E): np.mean(found) for N, found in of_size.items() if found}
-            print(f"{objective:10} {E:6g} " +
-                  "".join(f"{np.mean(found):12.1f}" if found else f"{'-':>12}" for found in of_size.values()))
+        found = defaultdict(lambda: defaultdict(list))  # {(N, E): {seed: [of every U]}}
+        for row in worth_measured(each):
+            found[row["N"], row["E"]][row["seed"]].append(row["worth"])
+        worth[objective] = {cell: np.array([np.mean(of_U) for of_U in seeds.values()]) for cell, seeds in found.items()}
+        for E in sorted({E for _, E in found}):
+            print(f"{objective:10} {E:6g} " + "".join(in_words(worth[objective].get((N, E))) for N in sizes))
     return dict(worth)
+
+
+def in_words(values):
+    """Mean and [least, greatest] of an array, or - for None, in 20 characters."""
+    if values is None:
+        return f"{'-':>20}"
+    spread = f" [{values.min():.1f}, {values.max():.1f}]" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}".rjust(20)
 
 
 class Fit(NamedTuple):
@@ -442,7 +453,7 @@ def lever_table(logs, width=128):
 
     Gain: how far its lowest loss is under that of the run with the same objective, epochs, dropout and replaced tokens,
     but without the other levers. As low at epoch: where its curve reaches that run's lowest point. Rows without such a
-    run show neither. Returns {(objective, epochs, settings): gain}.
+    run show neither. "The recipe" is the laptop preset's of today. Returns {(objective, epochs, settings): gain}.
     """
     def alike(c):
         return c["objective"], c["epochs"], c["dropout"], c.get("replace", 0)
@@ -467,7 +478,11 @@ def lever_table(logs, width=128):
             as_low = crossing([(1, low), (epochs, low)], sample.curve(log))
             shown, gains[objective, epochs, words] = f"{gain:+.3f}  {f'{as_low:.0f}' if as_low else 'never':>15}", gain
         at, name, last = sample.best_of(log)["epoch"], objective if objective != last else "", objective
-        print(f"{name:9}  {epochs:6g}  {lowest:15}  {at:8g}  {shown}  {words or 'old recipe'}")
+        recipe = ["weights min(1/t, 1.5)"] * (objective == "diffusion") + ["EMA", "weight decay 0.5"]
+        parts = re.split(r", (?![\d.]+\))", words)  # not at the comma in min(1/t, 1.5)
+        if set(recipe) <= set(parts):  # in short
+            parts = ["the recipe", *(part for part in parts if part not in recipe)]
+        print(f"{name:9}  {epochs:6g}  {lowest:15}  {at:8g}  {shown}  {', '.join(parts) if words else 'old recipe'}")
     return gains
 
 

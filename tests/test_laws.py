@@ -19,7 +19,8 @@ def synthetic(law, noise, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = [{"N": N, "U": U, "E": E} for U, E in CELLS for N in SIZES]
     error = noise * torch.randn(len(rows), generator=generator, dtype=torch.float64)
-    return [row | {"loss": laws.loss_law(law, **row).item() * math.exp(e)} for row, e in zip(rows, error, strict=True)]
+    return [row | {"loss": laws.loss_law(law, **row).item() * math.exp(e), "seed": 1}
+            for row, e in zip(rows, error, strict=True)]
 
 
 def test_muennighoffs_check_value():
@@ -114,8 +115,19 @@ def test_the_table_of_worths_is_their_mean_over_the_texts(capsys):
     rows = synthetic(TRUE | {"R_D": 31.0, "R_N": 1e9}, 0.0)
     worth = laws.worth_table({"ar": rows})["ar"]
     fours = [r["worth"] for r in laws.worth_measured(rows) if (r["N"], r["E"]) == (SIZES[0], 4)]
-    assert len(fours) > 1 and worth[SIZES[0], 4] == pytest.approx(sum(fours) / len(fours))
-    assert f"{worth[SIZES[-1], 16]:.1f}" in capsys.readouterr().out
+    assert len(fours) > 1 and worth[SIZES[0], 4] == pytest.approx([sum(fours) / len(fours)])
+    assert f"{worth[SIZES[-1], 16][0]:.1f}" in capsys.readouterr().out
+
+
+def test_a_run_is_compared_with_single_epochs_of_its_own_seed(capsys):
+    def seed(number, R_D):
+        return [row | {"seed": number} for row in synthetic(TRUE | {"R_D": R_D, "R_N": 1e9}, 0.0)]
+
+    both = laws.worth_table({"ar": [*seed(1, 31.0), *seed(2, 5.0)]})["ar"]
+    alone = [laws.worth_table({"ar": seed(1, R_D)})["ar"] for R_D in (31.0, 5.0)]
+    for cell in alone[0].keys() & alone[1].keys():
+        assert both[cell] == pytest.approx(np.concatenate([one[cell] for one in alone]))
+    assert f"[{both[SIZES[0], 16].min():.1f}, {both[SIZES[0], 16].max():.1f}]" in capsys.readouterr().out
 
 
 def test_crossing():
@@ -182,11 +194,11 @@ def test_runs_that_can_not_be_fitted():
 
 
 def test_table_takes_the_last_or_the_best_loss():
-    logs = {"x": ({"objective": "ar", "parameters": 10, "unique_tokens": 20, "epochs": 3.0},
+    logs = {"x": ({"objective": "ar", "parameters": 10, "unique_tokens": 20, "epochs": 3.0, "seed": 1},
                   [{"epoch": 1.5, "val_loss": 2.0}, {"epoch": 3.0, "val_loss": 3.0, "final_loss": 3.0,
                                                      "best_loss": 2.0}])}
-    assert laws.table(logs, "ar", "best") == [{"N": 10, "U": 20, "E": 3.0, "loss": 2.0}]
-    assert laws.table(logs, "ar", "stopped") == [{"N": 10, "U": 20, "E": 1.5, "loss": 2.0}]
+    assert laws.table(logs, "ar", "best") == [{"N": 10, "U": 20, "E": 3.0, "seed": 1, "loss": 2.0}]
+    assert laws.table(logs, "ar", "stopped") == [{"N": 10, "U": 20, "E": 1.5, "seed": 1, "loss": 2.0}]
     assert laws.table(logs, "ar", "final")[0]["loss"] == 3.0 and laws.table(logs, "diffusion", "best") == []
 
 
@@ -214,6 +226,11 @@ def test_levers_are_compared_with_as_much_regularisation(capsys):
                                    ("ar", 24, "AdamW, lr 0.002"): 0.2})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[1].endswith("old recipe") and lines[-1].endswith("width 64") and "≤" in lines[-1]
+    new = {"mask_weight": 1.5, "ema": 0.2, "weight_decay": 0.5}
+    laws.lever_table([log(2.5, **new, dropout=0.1), log(2.4, **new, objective="diffusion"), log(2.4, **new | {"ema": 0})])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("  weight decay 0.5") and lines[2].endswith("  the recipe, dropout 0.1")
+    assert lines[4].endswith("  the recipe")
 
 
 def test_a_mixture_averages_probabilities_of_whole_blocks():
