@@ -1,19 +1,20 @@
 """One GPT and the two objectives it can learn by: autoregressive, or masked diffusion.
 
-A block is T tokens x_1..x_T from a vocabulary of V. Both losses are -log p of a block, in nats per token:
+A block is T tokens x_1..x_T from a vocabulary of V. Each loss tells -log p of a block, in nats per token:
 
   ar         predict each token from those before it:
              loss = 1/T sum_i -log p(x_i | x_<i)                                  exact
   diffusion  draw k from 1..T, mask k of the tokens, predict these from the rest:
              loss = E_k E_mask 1/k sum_masked -log p(x_i | the unmasked)          an upper bound, the NELBO
 
-These are what evaluate reports. In training blocks with few masks weigh less by default: train.draw_mask.
+These are what evaluate reports. In training, a block with under two thirds of its tokens masked weighs less
+by default: see train.draw_mask.
 
 The NELBO of arXiv 2507.15857, eq. 3, draws t from (0, 1), masks each token with probability t, and weighs the
 sum over the masked by 1/(t T). A given mask of k tokens has the chance t^k (1-t)^(T-k); times its weight, and
 integrated over t, that is 1/T * 1/binomial(T, k) * 1/k. So k is uniform on 1..T, all masks of k tokens are
-alike, and 1/k makes the sum a mean: the two are equal, and drawing k itself has far less noise. Both are also
-the mean loss over all T! orders of unmasking the tokens one by one.
+alike, and 1/k makes the sum a mean: the two are equal, and drawing k itself has far less noise. Either is
+also the mean loss over all T! orders of unmasking the tokens one by one.
 
 The network is the same for both. Its embedding has one row more than V: [MASK] for diffusion, the start
 symbol for AR. It gives V logits, so this extra token is never predicted. The lines that differ between the
@@ -125,10 +126,10 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-5), SwiGLU(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, cache=None, keep=None):
+    def forward(self, x, cos, sin, cache=None, at=None):
         x = x + self.drop(self.attn(self.norm1(x), cos, sin, cache))
-        if keep is not None:  # [DIFFUSION] last block: attention needs all tokens, the rest only those scored
-            x = x.flatten(0, 1)[keep]  # (B, T, C) -> (M, C)
+        if at is not None:  # [DIFFUSION] last block: attention needs all tokens, the rest only those scored
+            x = x.flatten(0, 1)[at]  # (B, T, C) -> (M, C)
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -152,33 +153,33 @@ class GPT(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def forward(self, x, mask=None, keep=None, noisy=None):
+    def forward(self, x, mask=None, at=None, read=None):
         """The loss of each block under the network's objective, (B,) in nats per token.
 
-        x: (B, T) token ids in 0..V-1, to predict. noisy: (B, T) what is read: x, or a copy with some tokens
-        replaced (train.py's --replace). mask (diffusion): (B, T) bool. keep: (M,) the positions to score,
-        where the flattened mask is True; a GPU would stall to find them, the caller may know them.
+        x: (B, T) token ids in 0..V-1, to predict. read: (B, T) what the network reads: x, or a copy with
+        some tokens replaced (train.py's --replace). mask (diffusion): (B, T) bool. at: (M,) where the
+        flattened mask is True, the positions to score; a GPU would stall to find them, so the caller may.
         """
-        noisy = x if noisy is None else noisy
-        if self.config.objective == "ar":
-            return self.ar_loss(x, noisy)  # [AR]
-        keep = mask.flatten().nonzero().squeeze(1) if keep is None else keep
-        return self.diffusion_loss(x, noisy, mask, keep)  # [DIFFUSION]
+        read = x if read is None else read
+        if self.config.objective == "ar":  # [AR]
+            return self.ar_loss(x, read)  # [AR]
+        at = mask.flatten().nonzero().squeeze(1) if at is None else at  # [DIFFUSION]
+        return self.diffusion_loss(x, read, mask, at)  # [DIFFUSION]
 
-    def ar_loss(self, x, noisy):  # [AR]
+    def ar_loss(self, x, read):  # [AR]
         """The mean over all T tokens of -log p(x_i | x_<i), (B,) in nats per token. Exact."""
-        past = F.pad(noisy[:, :-1], (1, 0), value=self.config.vocab_size)  # (B, T): start, x_1..x_{T-1}
+        past = F.pad(read[:, :-1], (1, 0), value=self.config.vocab_size)  # (B, T): start, x_1..x_{T-1}
         nll = self.nll(self.hidden(past).flatten(0, 1), x.flatten())  # (B T,)
         return nll.view(x.shape).mean(1)
 
-    def diffusion_loss(self, x, noisy, mask, keep):  # [DIFFUSION]
+    def diffusion_loss(self, x, read, mask, at):  # [DIFFUSION]
         """The mean over its k masked tokens of -log p(x_i | the unmasked), (B,) in nats per token.
 
         With k uniform on 1..T its expectation is the NELBO, an upper bound on -log p of the block.
         """
-        masked = noisy.masked_fill(mask, self.config.vocab_size)  # (B, T): [MASK] is the extra token
-        nll = self.nll(self.hidden(masked, keep=keep), x.flatten()[keep])  # (M,) of the masked tokens alone
-        row = keep // x.shape[1]  # (M,) the block that each masked token is in
+        masked = read.masked_fill(mask, self.config.vocab_size)  # (B, T): [MASK] is the extra token
+        nll = self.nll(self.hidden(masked, at=at), x.flatten()[at])  # (M,) of the masked tokens alone
+        row = at // x.shape[1]  # (M,) the block that each masked token is in
         k = mask.sum(1)  # (B,)
         return nll.new_zeros(len(x)).index_add(0, row, nll / k[row])  # a block without masks counts 0
 
@@ -186,17 +187,17 @@ class GPT(nn.Module):
         """cos and sin of the rotary angles of positions start..start+T-1, both (T, D/2)."""
         return self.cos[start:start + T], self.sin[start:start + T]
 
-    def hidden(self, idx, cache=None, keep=None):
+    def hidden(self, idx, cache=None, at=None):
         """Token ids (B, T) in 0..V to final hidden states (B, T, C).
 
-        keep: (M,) positions in the flattened idx whose states (M, C) are all that is wanted. cache (AR): an
+        at: (M,) positions in the flattened idx whose states (M, C) are all that is wanted. cache (AR): an
         empty list for each block, which keeps what attention needs; idx is then one more token (B, 1) a call.
         """
         start = cache[0][0].shape[2] if cache and cache[0] else 0  # tokens in the cache
         cos, sin = self.rotation(start, idx.shape[1])
         x = self.drop(self.embed(idx.to(self.embed.weight.device)))  # (B, T, C); samples may lie on the CPU
         for block, own_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x = block(x, cos, sin, own_cache, keep if block is self.blocks[-1] else None)
+            x = block(x, cos, sin, own_cache, at if block is self.blocks[-1] else None)
         return self.norm(x)
 
     def head(self, h):
@@ -244,7 +245,7 @@ def make_optimizers(model, optimizer, lr, weight_decay):
                                      {"params": vectors, "weight_decay": 0.0}],
                                     lr=lr, betas=(0.9, 0.95), fused=True)]
     if optimizer == "muon":
-        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
     return optimizers
 
 
@@ -292,7 +293,7 @@ def uniform_k(B, T, generator):  # [DIFFUSION]
     """How many tokens of each of B blocks to mask, (B,): uniform on 1..T.
 
     One u is drawn in each of B/2 equal parts of [0, 1/2). It gives a pair of blocks k = 1 + floor(u T) and
-    T+1-k. That leaves the distribution of each k alone, makes the loss far less noisy, and masks exactly
+    T+1-k. That leaves the distribution of each k unchanged, makes the loss far less noisy, and masks exactly
     B(T+1)/2 tokens of an even batch, so that shapes stay fixed.
     """
     pairs = (B + 1) // 2
@@ -328,8 +329,8 @@ def evaluate(model, blocks, draws=2, seed=0, batch_size=32):
     (N, T), generator = blocks.shape, torch.Generator().manual_seed(seed)
     masks = [mask_k(uniform_k(N, T, generator), T, generator) for _ in range(draws)]  # [DIFFUSION]
     k = torch.stack([mask.sum(1) for mask in masks], dim=1)  # (N, draws)
-    even = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) what uniform_k spreads over 1..T, in ascending order
-    far = (k.sort(0).values - even[:, None]).abs().max() > 2 * T / N + 1  # the width of a part, and rounding
+    expected = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) spread evenly over 1..T, in ascending order
+    far = (k.sort(0).values - expected[:, None]).abs().max() > 2 * T / N + 1  # two parts, and rounding
     pairs = k[:N // 2 * 2].view(N // 2, 2, draws).sum(1)  # of k and T+1-k
     if far or (pairs != T + 1).any() or k.min() < 1:
         raise ValueError("evaluate got masks whose k is not uniform on 1..T, and val_loss would be no bound: "
@@ -353,21 +354,21 @@ def block_losses(model, blocks, mask, batch_size):
 
 
 def standard_error(loss, k):
-    """Standard error of loss.mean() over the mask draws; loss, k: (N, P), block by draw, with P >= 2.
+    """Standard error of loss.mean() over the mask draws; loss, k: (N, draws), with at least 2 draws.
 
     Every draw meets each block once, and each k as often as any other. So neither the differences between
     blocks nor those between values of k are noise: the noise is what remains without the mean of each block,
     and of each of some bins of similar k. With fewer than some 64 blocks the result is rough.
     """
-    (N, P), bins = loss.shape, max(1, min(64, loss.numel() // 16))
+    (N, draws), bins = loss.shape, max(1, min(64, loss.numel() // 16))
     groups = k.flatten().argsort(stable=True).tensor_split(bins)
     residual = loss.clone()
     for _ in range(4):  # to take out one mean brings back a little of the other, ever less
         residual -= residual.mean(1, keepdim=True)
         for group in groups:
             residual.view(-1)[group] -= residual.view(-1)[group].mean()
-    freedom = max(1, N * (P - 1) - bins)  # values less means
-    return (residual.square().sum() / freedom / (N * P)).sqrt().item()
+    freedom = max(1, N * (draws - 1) - bins)  # values less means
+    return (residual.square().sum() / freedom / (N * draws)).sqrt().item()
 
 
 # ----- machinery: devices, processes, checkpoints
@@ -414,9 +415,9 @@ def settle_threads(work, most):
     while threads > 1 and "OMP_NUM_THREADS" not in os.environ:
         work()  # the first takes longer
         half, tries = min(seconds(threads // 2) for _ in range(2)), []
-        while len(tries) < 3 and sum(tries) < 3 * half:  # beyond that the rest can not make up for it
+        while len(tries) < 3 and sum(tries) < 3 * half:  # else they are slower, whatever the rest would take
             tries.append(seconds(threads))
-        if sum(tries) < 0.95 * 3 * half:
+        if sum(tries) < 0.95 * 3 * half:  # faster than half of them by a twentieth
             break
         threads //= 2
     torch.set_num_threads(threads)
@@ -445,7 +446,8 @@ def join_processes(device, batch_size):
     rank, world = processes()
     if batch_size % (2 * world):
         raise UserError(f"--batch_size={batch_size}: masks are drawn in pairs, so {world} processes need a "
-                        f"multiple of {2 * world}")
+                        f"multiple of {2 * world}" if world > 1 else
+                        f"--batch_size={batch_size}: masks are drawn in pairs, so it must be even")
     if world > 1 and not dist.is_initialized():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         on_gpu = gpus > 0 and device in ("auto", "cuda")

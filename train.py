@@ -35,7 +35,6 @@ import sample
 from model import UserError, choose_device, evaluate, join_processes, load_checkpoint, make_model
 from model import make_optimizers, mask_k, model_from_checkpoint, precision, processes, save_checkpoint
 from model import settle_threads, uniform_k, write_atomic
-from prepare import open_data
 
 SAVE_SECONDS = 600  # the longest a single process goes without saving
 SETTLE_SECONDS = 20  # until it looks again how many threads of the CPU are the fastest
@@ -69,7 +68,7 @@ FLAGS = {
     "init": (str, "", "", None, "begin with the weights (best.pt) of the run in this directory"),
     "out": (str, "", "", None, "run directory; default: a new one under out/"),
 }
-# What a run did that is older than a flag. A new flag gets its line here, so that older runs can be resumed.
+# What runs that are older than a flag did in its place. A new flag gets a value here: so they can be resumed.
 BEFORE = {"batch": "get_batch", "replace": 0.0, "final_draws": 24, "init": "", "mask_weight": 0.0, "ema": 0.0}
 
 
@@ -99,10 +98,10 @@ def batch_starts(seed, step, U, T, B):
 def draw_mask(B, T, generator, mask_weight=0.0):  # [DIFFUSION]
     """Training masks of B blocks, (B, T) bool, and the weight of each in the loss that is descended, (B,).
 
-    The loss of a block is the mean over its k masked tokens, so k uniform on 1..T with weight 1 is the bound:
-    with t = k/T a token weighs 1/t. Where few tokens are masked each of them counts for much, which makes
-    the gradient noisy: min(1/t, mask_weight) is no bound and learns sooner. k with another probability P(k)
-    and weight 1 / (T P(k)) would be the bound again.
+    A weight multiplies the mean over the k masked tokens of a block. With k uniform on 1..T, weight 1 is the
+    bound: with t = k/T each masked token weighs 1/t. Where few are masked each counts for much, which makes
+    the gradient noisy. If it weighs min(1/t, mask_weight), this is no bound, and the network learns sooner.
+    k with another probability P(k) and weight 1 / (T P(k)) would be the bound again.
     Whatever stands here, evaluate draws its own masks. The train_loss of the log is the mean without weights:
     an estimate of the bound as long as k is uniform.
     """
@@ -125,14 +124,14 @@ def get_batch(config, tokens, step, rows=slice(None)):
     x = tokens[(start[:, None] + torch.arange(T, device=tokens.device)) % U]  # (B, T)
     inputs, weight = {"x": x}, torch.ones(B)  # [AR] takes no more
     if config["replace"]:
-        inputs["noisy"] = replace_tokens(config, x, step, rows)
-    if config["objective"] == "diffusion":
+        inputs["read"] = replace_tokens(config, x, step, rows)
+    if config["objective"] == "diffusion":  # [DIFFUSION] all of this
         generator = torch.Generator().manual_seed(derive(seed, "mask", step))
         mask, weight = draw_mask(B, T, generator, config["mask_weight"])  # [DIFFUSION]
         if weight.shape != (B,):
             raise ValueError(f"draw_mask gave a weight of shape {tuple(weight.shape)}, it takes ({B},)")
-        keep = mask[rows].flatten().nonzero().squeeze(1)  # (M,), on the CPU: a GPU would stall
-        inputs |= {"mask": send(mask[rows], x.device), "keep": send(keep, x.device)}
+        at = mask[rows].flatten().nonzero().squeeze(1)  # (M,), on the CPU: a GPU would stall
+        inputs |= {"mask": send(mask[rows], x.device), "at": send(at, x.device)}
     return inputs, send(weight[rows].float(), x.device)
 
 
@@ -170,10 +169,7 @@ def descend(optimizers, lr):
 
 @torch.no_grad()
 def update_average(average, model, rate):
-    """Move the weights of average towards those of model by rate (EMA, exponential moving average).
-
-    The rate 1 / (1 + ema step) averages over about the last ema (a share, 0 to 1) of the steps so far.
-    """
+    """Move the weights of average towards those of model by rate (EMA, exponential moving average)."""
     for a, p in zip(average.parameters(), model.parameters(), strict=True):
         a.lerp_(p, rate)
 
@@ -187,7 +183,7 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     """
     rank, world = join_processes(config["device"], config["batch_size"])
     device, dtype, device_line = choose_device(config["device"], config["dtype"])
-    data, tokens, blocks = open_data(config)  # training tokens (U,), held-out blocks (N, T)
+    data, tokens, blocks = prepare.open_data(config)  # training tokens (U,), held-out blocks (N, T)
     torch.manual_seed(derive(config["seed"], "weights"))
     model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
     if saved is None:
@@ -199,7 +195,7 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     due = evaluation_steps(config)
 
     with Run(config, saved, model, optimizers, data.tokenizer, blocks, device_line) as run:
-        network = run.accelerate(get_batch(config, tokens, 0, rows)[0], dtype)  # the model, perhaps compiled
+        network = run.ready(get_batch(config, tokens, 0, rows)[0], dtype)  # the model, perhaps compiled
         for step in range(run.step, config["steps"]):
             inputs, weight = get_batch(config, tokens, step, rows)
             torch.manual_seed(derive(config["seed"], "dropout", step, rank))
@@ -208,12 +204,12 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
             (weight * loss).mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             descend(optimizers, learning_rate(step, config["steps"], config["lr"]))
-            if config["ema"]:
-                update_average(run.scored, model, 1 / (1 + config["ema"] * step))  # what is evaluated
+            if config["ema"]:  # what is evaluated averages over about this share of the steps so far
+                update_average(run.scored, model, 1 / (1 + config["ema"] * step))
             run.finish_step(loss.detach().mean(), norm)  # run.step is step + 1 now
             if run.step in due:
                 run.evaluate()  # and log
-            ending = run.agree(stop())
+            ending = run.agree(stop())  # all processes end together
             if run.step in due or ending or run.unsaved_for_long():
                 run.save()
             if ending:
@@ -245,8 +241,6 @@ def make_config(preset=None, **given):
             raise UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
         if kind in (int, float) and not allowed <= value < 2**62:
             raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
-    if config["batch_size"] % 2:
-        raise UserError(f"--batch_size={config['batch_size']}: masks are drawn in pairs, so it must be even")
     if config["replace"] > 1:
         raise UserError(f"--replace={config['replace']}: it is a share of the tokens, at most 1")
     if config["ema"] > 0.8 and config["ema"] != 1:  # elsewhere 0.9 or 0.999 is a decay
@@ -397,8 +391,8 @@ class Run:
             if "final_loss" not in self.log[-1] and not sys.stdout.isatty():  # how to go on, where it is seen
                 print(told, file=sys.stderr)
 
-    def accelerate(self, inputs, dtype):
-        """What the loop calls: see the function accelerate. inputs: a batch to try it on, see settle."""
+    def ready(self, inputs, dtype):
+        """What the loop calls: the model, compiled if asked for. inputs: a batch to try it on, see settle."""
         def work():
             """A step without its end, which changes no weight."""
             with precision(self.device, dtype):
@@ -595,8 +589,8 @@ def main(argv=None, get_batch=get_batch):
         except RuntimeError as error:
             if not dist.is_initialized():
                 raise
-            told = (f"{str(error).strip().splitlines()[0]}\nlikely another process of this run ended and took "
-                    "this one along; what was saved is whole: go on with --resume")
+            told = (f"{str(error).strip().splitlines()[0]}\nlikely another process of this run ended and "
+                    "took this one along; what was saved is whole: go on with --resume")
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

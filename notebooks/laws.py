@@ -449,11 +449,12 @@ def settings(config, width=128):
 
 
 def lever_table(logs, width=128):
-    """Print a line a run of logs [(config, records)], with what it gains over the old recipe of as much regularisation.
+    """Print a line a run of {name: (config, records)}, with what it gains over the old recipe, as much regularised.
 
     Gain: how far its lowest loss is under that of the run with the same objective, epochs, dropout and replaced tokens,
-    but without the other levers. As low at epoch: where its curve reaches that run's lowest point. Rows without such a
-    run show neither. "The recipe" is the laptop preset's of today. Returns {(objective, epochs, settings): gain}.
+    but without the other levers; for bounds ± the error of both. As low: the epoch at which its curve is as low as that
+    run's ever got. Rows without such a run show neither. "The recipe" is the laptop preset's of today. Returns
+    {(objective, epochs, settings): gain}.
     """
     def alike(c):
         return c["objective"], c["epochs"], c["dropout"], c.get("replace", 0)
@@ -461,28 +462,28 @@ def lever_table(logs, width=128):
     def lever(row):
         return bool(re.search("AdamW|batch|width|min|EMA", row[4]))
 
-    rows = sorted([(*alike(c), settings(c, width), [{"config": c}, *records]) for c, records in logs],
+    rows = sorted([(*alike(c), settings(c, width), [{"config": c}, *records], name)
+                   for name, (c, records) in logs.items()],
                   key=lambda row: (*row[:4], lever(row), row[4] != "", row[5][-1]["best_loss"]))
-    old = {row[:4]: row for row in rows[::-1] if not lever(row)}
-    print("           epochs  lowest           at epoch    gain  as low at epoch  settings")
-    gains, last = {}, None
-    for objective, epochs, *noise, words, log in rows:
-        if last not in (None, objective):
-            print()
-        before, lowest, shown = old.get((objective, epochs, *noise)), f"= {log[-1]['best_loss']:.3f}", " " * 23
-        before = None if "width" in words else before  # which is of another network
-        if objective == "diffusion":
-            lowest = f"≤ {log[-1]['best_loss']:.3f} ± {log[-1]['best_stderr']:.3f}"
-        if before and before[5] is not log:
-            gain, low = before[5][-1]["best_loss"] - log[-1]["best_loss"], sample.best_of(before[5])["val_loss"]
-            as_low = crossing([(1, low), (epochs, low)], sample.curve(log))
-            shown, gains[objective, epochs, words] = f"{gain:+.3f}  {f'{as_low:.0f}' if as_low else 'never':>15}", gain
-        at, name, last = sample.best_of(log)["epoch"], objective if objective != last else "", objective
+    old = {row[:4]: row[5] for row in rows[::-1] if not lever(row)}
+    gains, last, space = {}, None, max(map(len, logs))
+    for objective, epochs, *noise, words, log, name in rows:
+        if objective != last:
+            print(f"{objective:{space}}   lowest  at epoch           gain  as low  settings")
+        end, before, last = log[-1], old.get((objective, epochs, *noise)), objective
+        gain = as_low = ""
+        if before and before is not log and "width" not in words:  # another width is another network
+            gains[objective, epochs, words] = difference = before[-1]["best_loss"] - end["best_loss"]
+            error = math.hypot(before[-1].get("best_stderr", 0), end.get("best_stderr", 0))
+            gain = f"{difference:+.3f}" + f" ± {error:.3f}" * (objective == "diffusion")
+            low = sample.best_of(before)["val_loss"]
+            as_low = f"{crossing([(1, low), (epochs, low)], sample.curve(log)) or math.inf:.0f}".replace("inf", "never")
         recipe = ["weights min(1/t, 1.5)"] * (objective == "diffusion") + ["EMA", "weight decay 0.5"]
         parts = re.split(r", (?![\d.]+\))", words)  # not at the comma in min(1/t, 1.5)
         if set(recipe) <= set(parts):  # in short
             parts = ["the recipe", *(part for part in parts if part not in recipe)]
-        print(f"{name:9}  {epochs:6g}  {lowest:15}  {at:8g}  {shown}  {', '.join(parts) if words else 'old recipe'}")
+        lowest = f"{'=' if objective == 'ar' else '≤'} {end['best_loss']:.3f}{sample.best_of(log)['epoch']:10g}"
+        print(f"{name:{space}}  {lowest}{gain:>15}{as_low:>8}  {', '.join(parts) if words else 'old recipe'}")
     return gains
 
 

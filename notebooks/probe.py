@@ -80,7 +80,7 @@ def conditional_nll(model, x, target, rank=None):
     total = torch.zeros(len(x), dtype=torch.float64)
     for j in range(int(target.sum(1).max())):  # [DIFFUSION] from the j-th on targets are masked
         now = (target & (rank == j)).flatten().nonzero().squeeze(1)  # (M,) of rows that have a j-th target
-        h = model.hidden(x.masked_fill(target & (rank >= j), V), keep=now)  # (M, C)
+        h = model.hidden(x.masked_fill(target & (rank >= j), V), at=now)  # (M, C)
         nll = F.cross_entropy(model.head(h), x.flatten()[now], reduction="none")  # (M,)
         total[(now // T).cpu()] += nll.cpu().double()
     return total
@@ -106,8 +106,8 @@ class Ensemble(GPT):
         self.config, self.embed, self.models = models[0].config, models[0].embed, torch.nn.ModuleList(models)
         self.eval()
 
-    def hidden(self, idx, cache=None, keep=None):
-        return torch.cat([model.hidden(idx, keep=keep) for model in self.models], dim=-1)  # (..., sum of the C)
+    def hidden(self, idx, cache=None, at=None):
+        return torch.cat([model.hidden(idx, at=at) for model in self.models], dim=-1)  # (..., sum of the C)
 
     def head(self, h):
         parts = zip(self.models, h.split([model.config.n_embd for model in self.models], dim=-1), strict=True)

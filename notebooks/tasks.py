@@ -273,9 +273,9 @@ def next_log_p(model, x, i):
     """log p (B, V) of the token at position i of x (B, T): given those before it (AR), or all unmasked ones."""
     if model.config.objective == "ar":
         x = F.pad(x[:, :i], (1, 0), value=model.config.vocab_size)  # [AR] the start symbol: i is now the last
-    keep = torch.arange(len(x), device=x.device) * x.shape[1] + i  # (B,)
-    parts = zip(x.split(256), keep.split(256), strict=True)
-    return torch.cat([model.head(model.hidden(part, keep=at - at[0] + i)).log_softmax(-1) for part, at in parts])
+    at = torch.arange(len(x), device=x.device) * x.shape[1] + i  # (B,)
+    parts = zip(x.split(256), at.split(256), strict=True)
+    return torch.cat([model.head(model.hidden(part, at=its - its[0] + i)).log_softmax(-1) for part, its in parts])
 
 
 def word_nats(model, x, n):

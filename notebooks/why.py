@@ -53,7 +53,7 @@ def orders(N):
     PermutedGPT. Evaluation stays from left to right, one of the N.
     """
     def batch(config, tokens, step, rows=slice(None)):
-        given, weight = train.get_batch(config, tokens, step, rows)  # x (B, T), and noisy where some is replaced
+        given, weight = train.get_batch(config, tokens, step, rows)  # x (B, T), and read where some is replaced
         order = drawn_orders(N, config, step, rows).to(tokens.device)  # (B, T)
         permuted = {name: value.gather(1, order) for name, value in given.items()}
         return permuted | {"position": F.pad(order[:, :-1] + 1, (1, 0))}, weight
@@ -68,10 +68,10 @@ class PermutedGPT(GPT):
         super().__init__(replace(config, block_size=config.block_size + 1))  # positions 0..T: see orders
         self.config, self.position = config, None
 
-    def forward(self, x, mask=None, noisy=None, position=None):
+    def forward(self, x, mask=None, read=None, position=None):
         self.position = position
         try:
-            return super().forward(x, mask, noisy=noisy)
+            return super().forward(x, mask, read=read)
         finally:
             self.position = None
 
@@ -120,7 +120,7 @@ def reveal(N):
         if N:
             rank = drawn_orders(N, config, step, rows).argsort(1).to(tokens.device)  # (B, T) when it is unmasked
             mask = rank >= config["block_size"] - given["mask"].sum(1, keepdim=True)
-            given |= {"mask": mask, "keep": mask.flatten().nonzero().squeeze(1)}
+            given |= {"mask": mask, "at": mask.flatten().nonzero().squeeze(1)}
         return given, weight
     batch.__name__ = f"reveal({N})"
     return batch
@@ -143,7 +143,7 @@ def bell(a):
         u = (uniform_k(B, T, generator).numpy() - 0.5) / T  # spread evenly over 0..1, in pairs of u and 1 - u
         k = 1 + torch.from_numpy(T * np.interp(u, cdf, t)).long().clamp(max=T - 1)  # (B,)
         mask = mask_k(k, T, generator)
-        return given | {"mask": mask[rows].to(device), "keep": None}, (2 * k / T)[rows].to(device)
+        return given | {"mask": mask[rows].to(device), "at": None}, (2 * k / T)[rows].to(device)
     batch.__name__ = f"bell({a})"
     return batch
 
@@ -155,7 +155,7 @@ def hide(share):
         shape = config["batch_size"], config["block_size"]
         u = np.random.default_rng(train.derive(config["seed"], "noise", step)).random(shape)[rows]
         hidden = torch.from_numpy(u < share).to(tokens.device)  # (B, T)
-        return given | {"noisy": given.get("noisy", given["x"]).masked_fill(hidden, config["vocab_size"])}, weight
+        return given | {"read": given.get("read", given["x"]).masked_fill(hidden, config["vocab_size"])}, weight
     batch.__name__ = f"hide({share})"
     return batch
 

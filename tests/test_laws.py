@@ -220,17 +220,22 @@ def test_levers_are_compared_with_as_much_regularisation(capsys):
         records = [{"epoch": e, "val_loss": lowest + 1 / e} for e in (1, 10, 24)]
         return config, [*records[:-1], records[-1] | {"best_loss": lowest, "best_stderr": 0.004}]
 
-    gains = laws.lever_table([log(2.5, ema=0.2), log(3.0), log(2.9, weight_decay=0.4), log(2.0, dropout=0.1, ema=0.2),
-                              log(2.8, optimizer="adamw"), log(2.7, objective="diffusion", n_embd=64)])
+    logs = [log(2.5, ema=0.2), log(3.0), log(2.9, weight_decay=0.4), log(2.0, dropout=0.1, ema=0.2),
+            log(2.8, optimizer="adamw"), log(2.7, objective="diffusion", n_embd=64)]
+    gains = laws.lever_table({f"run{i}": each for i, each in enumerate(logs)})
     assert gains == pytest.approx({("ar", 24, "EMA"): 0.5, ("ar", 24, "weight decay 0.4"): 0.1,
                                    ("ar", 24, "AdamW, lr 0.002"): 0.2})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[1].endswith("old recipe") and lines[-1].endswith("width 64") and "≤" in lines[-1]
+    assert len(lines) == 8 and lines[1].split() == ["run1", "=", "3.000", "24", "old", "recipe"]
+    assert lines[3].split() == ["run0", "=", "2.500", "24", "+0.500", "3", "EMA"]
+    assert lines[-1].startswith("run5") and lines[-1].endswith("width 64") and "≤" in lines[-1]
     new = {"mask_weight": 1.5, "ema": 0.2, "weight_decay": 0.5}
-    laws.lever_table([log(2.5, **new, dropout=0.1), log(2.4, **new, objective="diffusion"), log(2.4, **new | {"ema": 0})])
+    laws.lever_table({"a": log(2.5, **new, dropout=0.1), "b": log(2.4, **new, objective="diffusion"),
+                      "c": log(2.4, **new | {"ema": 0}), "d": log(2.6, objective="diffusion")})
     lines = capsys.readouterr().out.splitlines()
+    assert [line[0] for line in lines] == list("acaddb")
     assert lines[1].endswith("  weight decay 0.5") and lines[2].endswith("  the recipe, dropout 0.1")
-    assert lines[4].endswith("  the recipe")
+    assert "+0.200 ± 0.006" in lines[5] and lines[5].endswith("  the recipe")
 
 
 def test_a_mixture_averages_probabilities_of_whole_blocks():

@@ -117,7 +117,7 @@ def test_forward_computes_exactly_that_loss_mask_by_mask():
     expected = exact_k(masked_nll(model, blocks, masks), masks)
     index = masks.flatten().nonzero().squeeze(1)
     assert torch.allclose(model(blocks, mask=masks).double(), expected, atol=1e-6)
-    assert torch.equal(model(blocks, mask=masks), model(blocks, mask=masks, keep=index))
+    assert torch.equal(model(blocks, mask=masks), model(blocks, mask=masks, at=index))
 
 
 WRONG = {  # losses in the wild that are not a bound (per block and batch-free ones); each would pass a weaker test
@@ -243,7 +243,7 @@ def test_diffusion_may_read_other_tokens_than_it_predicts():
     x, seen, mask = torch.randint(V, (4, T)), torch.randint(V, (4, T)), torch.rand(4, T) < 0.5
     mask[:, 0] = True
     nll = F.cross_entropy(model.logits(seen.masked_fill(mask, V)).transpose(1, 2), x, reduction="none")
-    assert torch.allclose(model(x, mask, noisy=seen), (nll * mask).sum(1) / mask.sum(1))
+    assert torch.allclose(model(x, mask, read=seen), (nll * mask).sum(1) / mask.sum(1))
 
 
 def test_an_ar_model_may_read_other_tokens_than_it_predicts():
@@ -252,7 +252,7 @@ def test_an_ar_model_may_read_other_tokens_than_it_predicts():
     x, seen = torch.randint(V, (4, T)), torch.randint(V + 1, (4, T))
     logits = model.logits(torch.cat((torch.full((4, 1), V), seen[:, :-1]), dim=1))
     expected = F.cross_entropy(logits.transpose(1, 2), x, reduction="none").mean(1)
-    assert torch.allclose(model(x, noisy=seen), expected) and torch.equal(model(x, noisy=x), model(x))
+    assert torch.allclose(model(x, read=seen), expected) and torch.equal(model(x, read=x), model(x))
 
 
 def test_ar_logits_do_not_see_the_future():

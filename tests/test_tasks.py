@@ -164,9 +164,9 @@ def joint_models(V, length, seed=0):
         return torch.stack([torch.stack([conditional([*row[1:i + 1], *[None] * (length - i)])
                                          for i in range(length)]) for row in past.tolist()])
 
-    def diffusion_hidden(x, keep):
+    def diffusion_hidden(x, at):
         return torch.stack([conditional([None if token == V else token for token in x[i // length].tolist()])
-                            for i in keep.tolist()])
+                            for i in at.tolist()])
 
     embed = torch.nn.Embedding(1, 1)
     ar = SimpleNamespace(config=GPTConfig("ar", V, length), embed=embed, logits=ar_logits)
@@ -210,7 +210,7 @@ def test_completed_counts_what_is_written_verbatim(objective, step, share):
     """A text in which each token follows from the one before it, and a model that adds `step` to that."""
     V = 7
 
-    def hidden(x, cache=None, keep=None):
+    def hidden(x, cache=None, at=None):
         if objective == "diffusion":
             assert (x[:, T // 2 + 4:] < V).all()  # the right side is given
             x = F.pad(x[:, :-1], (1, 0))  # a mask follows from what is to its left
@@ -227,7 +227,7 @@ def test_completed_counts_what_is_written_verbatim(objective, step, share):
 def test_from_the_left_diffusion_reads_no_more_than_ar():
     V = 7
 
-    def hidden(x, cache=None, keep=None):
+    def hidden(x, cache=None, at=None):
         assert (x[:, T // 2 + 4:] == V).all()
         return F.one_hot((F.pad(x[:, :-1], (1, 0)) + 1) % V, V).double()
 
@@ -282,8 +282,8 @@ def test_ar_chooses_the_candidate_that_the_right_side_fits():
         table[a, b] = 0.0
     table[0, 1] += 1e-3
     model = GPT(GPTConfig("ar", V, T, n_layer=1, n_head=1, n_embd=8)).eval()
-    model.hidden = lambda x, cache=None, keep=None: F.embedding(x, table).flatten(0, 1)[
-        torch.arange(x.numel()) if keep is None else keep].view(*(x.shape if keep is None else keep.shape), V)
+    model.hidden = lambda x, cache=None, at=None: F.embedding(x, table).flatten(0, 1)[
+        torch.arange(x.numel()) if at is None else at].view(*(x.shape if at is None else at.shape), V)
     model.head = lambda h: h
     x = torch.tensor([[3, 0, 1, 3, 0], [4, 0, 2, 4, 0]]).repeat(20, 1)
     found = tasks.fill(model, x, 1, widths=(1, 2))
@@ -323,9 +323,9 @@ def test_diffusion_fills_from_both_sides(step, right):
     """A text in which each token is that after it less one, and a model that takes `step` from that."""
     V = 7
 
-    def hidden(x, cache=None, keep=None):
+    def hidden(x, cache=None, at=None):
         after = F.pad(x[:, 1:], (0, 1))  # a mask follows from what is to its right, if that is known
-        return 9 * (F.one_hot((after - step) % V, V).float() * (after < V)[..., None]).flatten(0, 1)[keep]
+        return 9 * (F.one_hot((after - step) % V, V).float() * (after < V)[..., None]).flatten(0, 1)[at]
 
     model = SimpleNamespace(config=GPTConfig("diffusion", V, T), hidden=hidden, head=lambda h: h)
     x = (torch.arange(T) + torch.arange(50)[:, None]) % V

@@ -78,12 +78,12 @@ def test_both_objectives_meet_the_same_weights_and_batches(corpus):
     tokens = torch.arange(1000) % 50
     for step in (0, 9):
         batch, weight = train.get_batch(config(corpus, objective="diffusion", mask_weight=0.0), tokens, step)
-        x, mask, keep = batch.values()
+        x, mask, at = batch.values()
         plain, ones = train.get_batch(config(corpus, objective="ar"), tokens, step)
         assert [*plain] == ["x"] and torch.equal(x, plain["x"])
         assert torch.equal(weight, torch.ones(8)) and torch.equal(ones, weight)  # both descend what they report
-        assert torch.equal(mask.flatten().nonzero().flatten(), keep)
-        assert len(keep) == 8 * 17 // 2  # B (T+1) / 2, whatever the draw
+        assert torch.equal(mask.flatten().nonzero().flatten(), at)
+        assert len(at) == 8 * 17 // 2  # B (T+1) / 2, whatever the draw
         assert torch.equal(mask, train.get_batch(config(corpus), tokens, step)[0]["mask"])  # of the step alone
         assert not torch.equal(mask, train.get_batch(config(corpus), tokens, step + 1)[0]["mask"])
 
@@ -95,7 +95,7 @@ def test_what_a_network_reads_is_replaced_in_the_share_asked_for(corpus, objecti
     changed = 0.0
     for step in range(40):
         given, clean = (train.get_batch(settings, tokens, step)[0] for settings in (c, c | {"replace": 0}))
-        seen = given.pop("noisy")
+        seen = given.pop("read")
         assert given.keys() == clean.keys() and all(torch.equal(given[name], clean[name]) for name in clean)
         changed += (seen != given["x"]).double().mean().item() / 40
     assert abs(changed - 0.3 * 49 / 50) < 0.015  # 5 standard errors
@@ -111,10 +111,10 @@ def test_the_parts_of_a_batch_are_the_batch(corpus, monkeypatch):
         parts, weights = zip(*(train.get_batch(c, tokens, 3, slice(i, i + 2)) for i in range(0, 8, 2)), strict=True)
         assert torch.equal(weight, torch.cat(weights)) and weight.dtype == torch.float32
         assert (weight.unique().numel() == 8) == (c["objective"] == "diffusion")
-        for name in set(whole) - {"keep"}:
+        for name in set(whole) - {"at"}:
             assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
-        if "keep" in whole:
-            assert all(len(part["keep"]) == 17 for part in parts)  # (T+1) tokens for each pair of rows
+        if "at" in whole:
+            assert all(len(part["at"]) == 17 for part in parts)  # (T+1) tokens for each pair of rows
 
 
 def test_learning_rate_warms_up_and_ends_at_a_tenth():

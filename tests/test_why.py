@@ -45,9 +45,9 @@ def test_a_network_may_read_in_another_order():
 def test_what_is_replaced_moves_too():
     config = CONFIG | {"replace": 0.5}
     plain, batch = train.get_batch(config, TOKENS, 3)[0], why.orders(4)(config, TOKENS, 3)[0]
-    for name in ("x", "noisy"):
+    for name in ("x", "read"):
         assert torch.equal(batch[name].sort().values, plain[name].sort().values)
-    assert (batch["noisy"] != batch["x"]).any()
+    assert (batch["read"] != batch["x"]).any()
 
 
 def test_hide_masks_the_share_asked_for_and_predicts_what_is_there():
@@ -55,8 +55,8 @@ def test_hide_masks_the_share_asked_for_and_predicts_what_is_there():
     for step in range(400):
         given, weight = why.hide(0.1)(CONFIG, TOKENS, step)
         assert torch.equal(given["x"], train.get_batch(CONFIG, TOKENS, step)[0]["x"]) and (weight == 1).all()
-        kept = given["noisy"] != 100
-        assert torch.equal(given["noisy"][kept], given["x"][kept])
+        kept = given["read"] != 100
+        assert torch.equal(given["read"][kept], given["x"][kept])
         hidden += (~kept).double().mean().item() / 400
     assert abs(hidden - 0.1) < 5 * (0.09 / 28 / 400) ** 0.5
 
@@ -104,7 +104,7 @@ def test_reveal_masks_the_last_k_of_one_order_and_leaves_k_alone():
             given = why.reveal(N)(config, TOKENS, step)[0]
             mask = given["mask"]
             assert torch.equal(given["x"], plain["x"]) and torch.equal(mask.sum(1), plain["mask"].sum(1))
-            assert torch.equal(given["keep"], mask.flatten().nonzero().squeeze(1))
+            assert torch.equal(given["at"], mask.flatten().nonzero().squeeze(1))
             assert N > 1 or not (mask[:, :-1] & ~mask[:, 1:]).any()
             for row in mask:
                 ends = why.fixed_orders(N, 7, config["seed"])[:, 7 - int(row.sum()):].sort(1).values
@@ -126,7 +126,7 @@ def test_bell_masks_about_half_in_pairs_and_weighs_all_tokens_alike(a, spread):
     assert 1 <= ks.min() <= few + 3 and ks.max() == T + 1 - ks.min()
     assert (ks / T).std().item() == pytest.approx(spread, rel=0.05)
     given = why.bell(a)(config | {"replace": 0.5}, torch.arange(5000) % 100, 5)[0]
-    assert (given["noisy"] != given["x"]).any()
+    assert (given["read"] != given["x"]).any()
     part = why.bell(a)(config, torch.arange(5000) % 100, 5, slice(4, 8))  # of a process
     whole = why.bell(a)(config, torch.arange(5000) % 100, 5)
     assert torch.equal(part[0]["mask"], whole[0]["mask"][4:8]) and torch.equal(part[1], whole[1][4:8])
