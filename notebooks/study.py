@@ -56,11 +56,10 @@ def curve(records, key="val_loss"):
 
 def plan(words):
     """The config of a command's log, and all_flops, with those of evaluations. Raises what train.py would."""
-    import prepare
     import torch
     import train
     config = train.make_config(**train.parse([word for word in words if word.startswith("--")]))
-    data, tokens, blocks = prepare.open_data(config)
+    data, tokens, blocks = train.prepare.open_data(config)
     with torch.device("meta"):
         model = train.make_model(config | {"vocab_size": data.tokenizer.vocab_size})
     config = train.describe(config, data, tokens, blocks, model)
