@@ -442,7 +442,7 @@ def settings(config, width=128):
     words = {"AdamW": adamw, f"lr {c['lr']:g}": adamw or c["lr"] != 0.002, f"batch size {c['batch_size']}":
              c["batch_size"] != 16, f"width {c['n_embd']}": c["n_embd"] != width,
              f"weights min(1/t, {clipped:g})": clipped, "bell-shaped t": kind == "bell", "EMA": c["ema"],
-             f"embedding's lr times {value}": kind == "embedding", f"lr down to {value}": kind == "decay",
+             f"embedding's lr x {value}": kind == "embedding", f"lr down to {value}": kind == "decay",
              f"weight decay {c['weight_decay']:g}": c["weight_decay"] != 0.1, f"dropout {c['dropout']:g}": c["dropout"],
              f"{c['hide']:.0%} masked": c["hide"], f"{c['replace']:.0%} replaced": c["replace"]}
     return ", ".join(word for word, there in words.items() if there)
@@ -466,10 +466,11 @@ def lever_table(logs, width=128):
                    for name, (c, records) in logs.items()],
                   key=lambda row: (*row[:4], lever(row), row[4] != "", row[5][-1]["best_loss"]))
     old = {row[:4]: row[5] for row in rows[::-1] if not lever(row)}
-    gains, last, space = {}, None, max(map(len, logs))
+    gains, last = {}, None
     for objective, epochs, *noise, words, log, name in rows:
         if objective != last:
-            print(f"{objective:{space}}   lowest  at epoch           gain  as low  settings")
+            space = max(len(name.removeprefix(f"{objective}-")) for kind, *_, name in rows if kind == objective)
+            print(f"{objective:{space}}   lowest epoch           gain as low  settings (wd: weight decay)")
         end, before, last = log[-1], old.get((objective, epochs, *noise)), objective
         gain = as_low = ""
         if before and before is not log and "width" not in words:  # another width is another network
@@ -482,8 +483,9 @@ def lever_table(logs, width=128):
         parts = re.split(r", (?![\d.]+\))", words)  # not at the comma in min(1/t, 1.5)
         if set(recipe) <= set(parts):  # in short
             parts = ["the recipe", *(part for part in parts if part not in recipe)]
-        lowest = f"{'=' if objective == 'ar' else '≤'} {end['best_loss']:.3f}{sample.best_of(log)['epoch']:10g}"
-        print(f"{name:{space}}  {lowest}{gain:>15}{as_low:>8}  {', '.join(parts) if words else 'old recipe'}")
+        lowest = f"{'=' if objective == 'ar' else '≤'} {end['best_loss']:.3f}{sample.best_of(log)['epoch']:6g}"
+        told = ", ".join(parts).replace("weight decay", "wd") if words else "old recipe"
+        print(f"{name.removeprefix(f'{objective}-'):{space}}  {lowest}{gain:>15}{as_low:>7}  {told}")
     return gains
 
 

@@ -230,11 +230,11 @@ def test_levers_are_compared_with_as_much_regularisation(capsys):
     assert lines[3].split() == ["run0", "=", "2.500", "24", "+0.500", "3", "EMA"]
     assert lines[-1].startswith("run5") and lines[-1].endswith("width 64") and "≤" in lines[-1]
     new = {"mask_weight": 1.5, "ema": 0.2, "weight_decay": 0.5}
-    laws.lever_table({"a": log(2.5, **new, dropout=0.1), "b": log(2.4, **new, objective="diffusion"),
+    laws.lever_table({"ar-a": log(2.5, **new, dropout=0.1), "b": log(2.4, **new, objective="diffusion"),
                       "c": log(2.4, **new | {"ema": 0}), "d": log(2.6, objective="diffusion")})
     lines = capsys.readouterr().out.splitlines()
     assert [line[0] for line in lines] == list("acaddb")
-    assert lines[1].endswith("  weight decay 0.5") and lines[2].endswith("  the recipe, dropout 0.1")
+    assert lines[1].endswith("  wd 0.5") and lines[2].endswith("  the recipe, dropout 0.1")
     assert "+0.200 ± 0.006" in lines[5] and lines[5].endswith("  the recipe")
 
 
