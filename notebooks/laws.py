@@ -109,6 +109,15 @@ def table(logs, objective, treatment):
     return rows
 
 
+def off_plateau(logs):
+    """table()'s rows of study.read's logs, {objective: rows}, without runs that know token frequencies alone.
+
+    These end within 0.2 nats of the unigram entropy, or above it. AR counts with its lowest loss.
+    """
+    top = next(iter(logs.values()))[0]["unigram_entropy"] - 0.2
+    return {o: [row for row in table(logs, o, "best") if row["loss"] <= top] for o in ("ar", "diffusion")}
+
+
 def worth_measured(rows):
     """D'/U without the law: per run with E > 1 the U of new tokens that gives its network the same loss, over its U.
 
@@ -136,7 +145,7 @@ def worth_table(rows):
     """
     sizes, worth = sorted({row["N"] for each in rows.values() for row in each}), defaultdict(dict)
     print(f"{'':22}worth in epochs of new text, for a network of (-: no run to compare)")
-    print(f"{'':10} epochs " + "".join(f"{N:>15,}     " for N in sizes) + "  parameters")
+    print(f"{'':10} epochs " + "".join(f"{N:>17,}     " for N in sizes) + "  parameters")
     for objective, each in rows.items():
         found = defaultdict(lambda: defaultdict(list))  # {(N, E): {seed: [of every U]}}
         for row in worth_measured(each):
@@ -147,12 +156,34 @@ def worth_table(rows):
     return dict(worth)
 
 
+def fit_worth(rows, samples=500):
+    """The R_D for which epochs_worth(E, R_D) is closest to worth_measured's rows, for each network alone.
+
+    Least squares of log D'/U, searched between 1 and BOUND. Returns {N: (1 + samples,)}: that of all rows of N, and of
+    bootstraps, which draw them anew.
+    """
+    R_D, found = torch.logspace(0, math.log10(BOUND), 1201, dtype=torch.float64), {}
+    for N in sorted({row["N"] for row in rows}):
+        E, worth = number([(row["E"], row["worth"]) for row in rows if row["N"] == N]).T
+        error = (epochs_worth(E, R_D[:, None]).log() - worth.log()).square()  # (R_D, rows)
+        drawn = torch.randint(len(E), (samples, len(E)), generator=torch.Generator().manual_seed(0))
+        total = torch.cat((error.sum(1, keepdim=True), error[:, drawn].sum(2)), dim=1)  # (R_D, 1 + samples)
+        found[N] = R_D[total.argmin(0)].numpy()
+    return found
+
+
 def in_words(values):
-    """Mean and [least, greatest] of an array, or - for None, in 20 characters."""
+    """Mean and [least, greatest] of an array, or - for None, in 22 characters."""
     if values is None:
-        return f"{'-':>20}"
+        return f"{'-':>22}"
     spread = f" [{values.min():.1f}, {values.max():.1f}]" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{spread}".rjust(20)
+    return f"{values.mean():.1f}{spread}".rjust(22)
+
+
+def said(values):
+    """An R* with its interval (value, low, high) in words: those near BOUND have no end."""
+    value, low, high = (f"{x:.0f}" if x < 0.5 * BOUND else "no end" for x in values)
+    return f"{value} [{low}, {high}]"
 
 
 class Fit(NamedTuple):
@@ -531,21 +562,28 @@ def ngrams(tokens, blocks, V, n=4, discount=0.9):
     return nll / len(blocks[0])
 
 
+def seed_noise(rows):
+    """The standard deviation of log L between seeds of the same N, U and E, from table()'s rows."""
+    cells = defaultdict(list)
+    for row in rows:
+        cells[row["N"], row["U"], row["E"]].append(math.log(row["loss"]))
+    return math.sqrt(np.mean([np.var(each, ddof=1) for each in cells.values() if len(each) > 1]))
+
+
 def main():
     """Print a line of JSON a design of the grid: the 5, 50 and 95 % quantiles of R_D* in simulate()."""
     import study
 
     argparse.ArgumentParser(description=f"{main.__doc__} It takes some minutes.").parse_args()
-    grid = study.read("grid")
-    plateau = next(iter(grid.values()))[0]["unigram_entropy"] - 0.2
-    for objective in ("ar", "diffusion"):
-        rows = [row for row in table(grid, objective, "best") if row["loss"] <= plateau]
+    for objective, rows in off_plateau(study.read("grid-char")).items():
         law, _, _, residuals = fit(rows)
-        for noise, seeds in ((residuals.std().item(), 1), (residuals.std().item(), 3), (0.005, 1)):
-            quantiles = np.quantile(simulate(rows, law, noise, seeds), (0.05, 0.5, 0.95)).round(1).tolist()
-            row = {"objective": objective, "runs": len(rows) * seeds, "noise": round(noise, 4), "R_D": law["R_D"],
-                   "quantiles": quantiles, "command": "python notebooks/laws.py"}
-            print(json.dumps(row), flush=True)
+        one = [row for row in rows if row["seed"] == 1]
+        for kind, noise in (("misfit", residuals.std().item()), ("seeds", seed_noise(rows))):
+            for seeds in (1, 2):
+                quantiles = np.quantile(simulate(one, law, noise, seeds), (0.05, 0.5, 0.95)).round(1).tolist()
+                row = {"objective": objective, "runs": len(one) * seeds, "of": kind, "noise": round(noise, 4),
+                       "R_D": law["R_D"], "quantiles": quantiles, "command": "python notebooks/laws.py"}
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

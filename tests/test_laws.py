@@ -130,6 +130,20 @@ def test_a_run_is_compared_with_single_epochs_of_its_own_seed(capsys):
     assert f"[{both[SIZES[0], 16].min():.1f}, {both[SIZES[0], 16].max():.1f}]" in capsys.readouterr().out
 
 
+def test_the_worth_of_a_network_alone_gives_its_R_D():
+    rows = [{"N": N, "E": E, "worth": laws.epochs_worth(E, R_D).item()} for N, R_D in ((7, 31.0), (3, 200.0))
+            for E in (4, 16, 64, 256)]
+    found = laws.fit_worth(rows, 20)
+    assert [*found] == [3, 7] and found[7] == pytest.approx(np.full(21, 31.0), rel=0.02)
+    assert found[3] == pytest.approx(np.full(21, 200.0), rel=0.02)
+    noise = np.random.default_rng(0).normal(0, 0.1, (10, 8))
+    many = [row | {"worth": row["worth"] * math.exp(e)} for each in noise for row, e in zip(rows, each, strict=True)]
+    R_D, low, high = laws.with_interval(laws.fit_worth(many)[7])
+    assert low < 31 < high and high / low < 1.5 and low < R_D < high
+    assert laws.fit_worth([{"N": 1, "E": 64, "worth": 70.0}], 1)[1][0] == laws.BOUND  # more than new text: no end
+    assert laws.said((31.4, 7.0, laws.BOUND)) == "31 [7, no end]"
+
+
 def test_crossing():
     assert laws.crossing([(1, 1.0), (100, 3.0)], [(1, 3.0), (100, 1.0)]) == pytest.approx(10)
     assert laws.crossing([(1, 1.0), (10, 2.0), (100, 3.0)], [(1, 3.0), (100, 1.0)]) == pytest.approx(10)
@@ -155,6 +169,14 @@ def test_a_simulated_grid_has_the_law_with_noise(monkeypatch):
     error = np.log([[row["loss"] for row in grid] for grid in drawn]) - np.repeat(np.log([r["loss"] for r in rows]), 3)
     assert error.shape == (40, 3 * len(rows)) and error.std() == pytest.approx(0.05, rel=0.05)
     assert abs(error.mean()) < 0.003
+
+
+def test_the_noise_of_seeds_is_that_between_runs_of_one_cell():
+    noise = np.random.default_rng(0).normal(0, 0.02, (300, 2))
+    rows = [{"N": 1, "U": 1, "E": i, "seed": seed, "loss": math.exp(0.01 * i + noise[i, seed])}
+            for i in range(300) for seed in (0, 1)]
+    assert laws.seed_noise(rows) == pytest.approx(0.02, rel=0.1)
+    assert laws.seed_noise([*rows, rows[0] | {"N": 2, "loss": 9.0}]) == laws.seed_noise(rows)  # alone it says nothing
 
 
 def test_critical_compute_of_a_known_crossing():
@@ -200,6 +222,10 @@ def test_table_takes_the_last_or_the_best_loss():
     assert laws.table(logs, "ar", "best") == [{"N": 10, "U": 20, "E": 3.0, "seed": 1, "loss": 2.0}]
     assert laws.table(logs, "ar", "stopped") == [{"N": 10, "U": 20, "E": 1.5, "seed": 1, "loss": 2.0}]
     assert laws.table(logs, "ar", "final")[0]["loss"] == 3.0 and laws.table(logs, "diffusion", "best") == []
+    logs["x"][0]["unigram_entropy"] = 2.3
+    assert laws.off_plateau(logs) == {"ar": laws.table(logs, "ar", "best"), "diffusion": []}
+    logs["x"][0]["unigram_entropy"] = 2.1
+    assert laws.off_plateau(logs) == {"ar": [], "diffusion": []}
 
 
 def test_settings_name_what_is_not_the_old_recipe():
