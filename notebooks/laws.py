@@ -399,7 +399,7 @@ def crossing_table(logs):
     Losses and epochs are means over the runs, crossings geometric means over the seeds that have one.
     """
     found = measured_crossings(logs)
-    print(f"{'':12}FLOPs, mean over the seeds [least, greatest]{'':11}none of  lowest loss, mean    diffusion's\n"
+    print(f"{'':12}FLOPs, mean over the seeds [least, greatest]{'':7}seeds without  lowest loss, mean    diffusion's\n"
           f"{'U':>7} seeds {'equal compute':26} {'AR’s best':24} equal best     AR  diffusion  lowest at epoch")
     for U, seeds in found.items():
         ar, diffusion = ([records for c, records in logs if (c["unique_tokens"], c["objective"]) == (U, objective)]
