@@ -112,7 +112,7 @@ def table(logs, objective, treatment):
 def off_plateau(logs):
     """table()'s rows of study.read's logs, {objective: rows}, without runs that know token frequencies alone.
 
-    These end within 0.2 nats of the unigram entropy, or above it. AR counts with its lowest loss.
+    These end within 0.2 nats of the unigram entropy, or above it. A run counts with its lowest loss.
     """
     top = next(iter(logs.values()))[0]["unigram_entropy"] - 0.2
     return {o: [row for row in table(logs, o, "best") if row["loss"] <= top] for o in ("ar", "diffusion")}
