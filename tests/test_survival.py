@@ -102,8 +102,10 @@ def forked(folder, args, prepare_child=lambda: None):
 
 
 def process(folder, args):
+    """train.py as a terminal starts it: a job in the background of a shell would ignore SIGINT."""
     return subprocess.Popen([sys.executable, ROOT / "train.py", *args], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(condition):
