@@ -153,13 +153,16 @@ def header(c):
         loss += f", masked tokens weigh min(1/t, {c['mask_weight']:g})"
     if c.get("batch", "get_batch") != "get_batch":  # another script's: notebooks/why.py
         loss += f", with the batches {c['batch']}"
+    here = c.get("critical_measured")  # of characters alone
+    ours = f"{here[0]:.1e} to {here[1]:.1e}" if here else "not for this text"
     return (f"{c['objective']}, {millions:.2f}M parameters, {c['preset']} preset, seed {c['seed']}, "
             f"{c['optimizer']} lr {c['lr']:g}, weight decay {c['weight_decay']:g}, dropout {c['dropout']:g}\n"
             f"training loss: {loss}; "
             f"scored: {'averaged weights (EMA)' if c.get('ema') else 'the weights'}\n"
             f"{c['unique_tokens']:,} unique tokens of {there}{c['data']}, {c['epochs']:g} epochs, "
-            f"{c['steps']:,} steps, {c['flops']:.2e} FLOPs\n{share:.2g} times the paper's critical compute "
-            f"for this many tokens ({c['critical_flops']:.1e}, extrapolated)\n"
+            f"{c['steps']:,} steps, {c['flops']:.2e} FLOPs\ncritical compute: by the paper's law "
+            f"{c['critical_flops']:.1e} (extrapolated; this run takes {share:.2g} times that), "
+            f"measured here: {ours}\n"
             f"evaluating {c['eval_tokens']:,} tokens of {c['split']}; their frequencies alone would score "
             f"{c['unigram_entropy']:.3f} nats per token (unigram entropy)\nrun directory {c['out']}")
 

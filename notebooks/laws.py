@@ -367,8 +367,9 @@ def measured_crossings(logs):
     """Where diffusion overtakes AR in runs [(config, records)] of both, in FLOPs: {U: {seed: (equal, of_best, limit)}}.
 
     Of each number U of unique tokens and seed: at equal compute, the same network; AR's best, the lowest of all its
-    networks, by the diffusion network that gets there first. NaN where there is none up to the limit: the FLOPs of
-    diffusion's shortest run that does not overfit, or infinity if all do (they end over 0.01 nats above their lowest).
+    networks, by the diffusion run that gets there first. NaN where there is none up to the limit: the FLOPs of each
+    diffusion network's longest run, the least of these. A network that overfits there (it ends over 0.01 nats above
+    its lowest) counts as infinity: more compute would not help it.
     """
     groups = defaultdict(lambda: {"ar": [], "diffusion": []})
     for config, records in logs:
@@ -381,7 +382,9 @@ def measured_crossings(logs):
                      if ar[0]["config"]["parameters"] == log[0]["config"]["parameters"]]
             of_best = [sample.crossings(best, log)[1] for log in both["diffusion"]]
             first = [min((x for x in flops if x), default=math.nan) for flops in (equal, of_best)]
-            limits = [log[-1]["flops"] for log in both["diffusion"]
+            longest = {log[0]["config"]["parameters"]: log
+                       for log in sorted(both["diffusion"], key=lambda log: log[-1]["flops"])}
+            limits = [log[-1]["flops"] for log in longest.values()
                       if log[-1]["val_loss"] < sample.best_of(log)["val_loss"] + 0.01]
             found[U][seed] = *first, min(limits, default=math.inf)
     return dict(found)
@@ -396,14 +399,16 @@ def spread(flops):
 def crossing_table(logs):
     """Print a line for each number U of unique tokens in runs [(config, records)]; returns measured_crossings(logs).
 
-    Losses and epochs are means over the runs, crossings geometric means over the seeds that have one.
+    Losses and epochs are means over the seeds, of the lowest run of each; crossings are geometric means over the
+    seeds that have one.
     """
     found = measured_crossings(logs)
     print(f"{'':12}FLOPs, mean over the seeds [least, greatest]{'':7}seeds without  lowest loss, mean    diffusion's\n"
           f"{'U':>7} seeds {'equal compute':26} {'AR’s best':24} equal best     AR  diffusion  lowest at epoch")
     for U, seeds in found.items():
-        ar, diffusion = ([records for c, records in logs if (c["unique_tokens"], c["objective"]) == (U, objective)]
-                         for objective in ("ar", "diffusion"))
+        ar, diffusion = ([min((records for c, records in logs if (c["unique_tokens"], c["objective"], c["seed"]) ==
+                               (U, objective, seed)), key=lambda records: records[-1]["best_loss"]) for seed in seeds]
+                         for objective in ("ar", "diffusion"))  # [records of each seed]
         low, bound = (np.mean([records[-1]["best_loss"] for records in runs]) for runs in (ar, diffusion))
         epoch = np.mean([sample.best_of([None, *records])["epoch"] for records in diffusion])
         epochs, (equal, of_best, _) = diffusion[0][-1]["epoch"], np.array([*seeds.values()]).T

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import laws
+import sample
+import study
+import train
 
 SIZES = (26752, 115072, 381696, 820480)
 CELLS = [(2**13 * u, E) for u, epochs in {1: (16, 64, 256), 4: (4, 16, 64, 256), 16: (1, 4, 16), 32: (1,), 64: (1, 4),
@@ -287,8 +290,7 @@ def test_ngrams_are_a_distribution():
 
 def a_run(objective, seed, U, losses, parameters=10, error=0.0):
     config = {"objective": objective, "seed": seed, "unique_tokens": U, "parameters": parameters}
-    epochs = (1, 2, 4, 8, 16)
-    records = [{"epoch": e, "flops": 1e6 * e, "val_loss": loss} for e, loss in zip(epochs, losses, strict=True)]
+    records = [{"epoch": 2**i, "flops": 1e6 * 2**i, "val_loss": loss} for i, loss in enumerate(losses)]
     records[-1] |= {"best_loss": min(losses), "best_stderr": error}
     return config, records
 
@@ -306,6 +308,27 @@ def test_crossings_are_read_off_the_curves():
     turned = a_run("diffusion", 1, 100, [6, 5, 4, 3.5, 3.6])  # it overfits: more of it would not help
     _, none, limit = laws.measured_crossings([ar, turned])[100][1]
     assert math.isnan(none) and limit == math.inf
+    longer = a_run("diffusion", 1, 100, [6, 5, 4, 3.5, 3.4, 3.3])  # the longest run of a network counts
+    assert laws.measured_crossings([ar, slow, longer])[100][1][2] == 32e6
+    wide = a_run("diffusion", 1, 100, [6, 5, 4], parameters=20)  # and of several networks the least
+    assert laws.measured_crossings([ar, slow, longer, wide])[100][1][2] == 4e6
+
+
+def test_the_header_of_train_says_what_was_measured():
+    logs = [(c, records) for name in ("critical", "pair") for run, (c, records) in study.read(name).items()
+            if "char" in c["data"] and c["n_embd"] == 64 and "regularised" not in run]
+    crossed = {U: [flops for _, flops, _ in seeds.values() if flops == flops]
+               for U, seeds in laws.measured_crossings(logs).items()}
+    assert [U for U, flops in crossed.items() if flops] == [512, 1024, 2048, 4096, 8192, 16_384]
+    for U, flops in crossed.items():
+        least, most = train.measured_critical(U) or (0, math.inf)
+        assert all(least <= x <= most for x in flops) and most < 2.2 * least or not flops
+    assert train.measured_critical(511) is train.measured_critical(16_385) is None
+    config = {"parameters": 1e6, "flops": 1e12, "critical_flops": 1e10, "objective": "ar", "preset": "laptop",
+              "seed": 1, "optimizer": "muon", "lr": 1, "weight_decay": 0, "dropout": 0, "unique_tokens": 4096,
+              "data": "d", "epochs": 1, "steps": 1, "eval_tokens": 1, "split": "val", "unigram_entropy": 5, "out": "o"}
+    assert "1.0e+10 (extrapolated; this run takes 1e+02 times that), measured here: not for" in sample.header(config)
+    assert "measured here: 1.0e+11 to 2.0e+11\n" in sample.header(config | {"critical_measured": [1e11, 2e11]})
 
 
 def test_the_table_of_crossings_shows_means_and_what_is_missing(capsys):
@@ -315,6 +338,8 @@ def test_the_table_of_crossings_shows_means_and_what_is_missing(capsys):
     words = capsys.readouterr().out.splitlines()[-1].split()
     assert words[:2] == ["1,000", "2"] and f"{found[1000][1][1]:.2e}" in words  # seed 2 has no crossing of AR's best
     assert words[-9:] == ["0", "1", "=", "3.000", "≤", "2.950", "12", "of", "16"]
+    laws.crossing_table([*runs, a_run("ar", 1, 1000, [5, 4, 4.5]), a_run("diffusion", 2, 1000, [6, 5.5])])
+    assert capsys.readouterr().out.splitlines()[-1].split()[-9:] == words[-9:]  # each seed counts with its lowest run
 
 
 def test_a_power_law_is_recovered_with_its_interval():
