@@ -40,7 +40,7 @@ Data = namedtuple("Data", "meta tokenizer splits")  # splits: {name: (tokens,) i
 
 
 class DataError(ValueError):
-    """A fault that a person can cause and mend. Its message gives the value and the remedy in two lines."""
+    """A fault that a person can cause and mend. Its message gives the value and the remedy."""
 
 
 def read_sotu():
@@ -60,28 +60,30 @@ def split(documents, balance=False):
     moves when others are added. Only a split left empty, in a small corpus, takes the next in line.
 
     balance: where val or tune is then 3 points off its share of the bytes, both are filled up to it in the
-    order of the hashes. If that is not enough, documents longer than a 60th of the text are cut into parts.
-    A part is a run of passages: a single one, between its neighbours in train, would be too easy to predict.
+    order of the hashes. If that is not enough, documents are cut into parts of a 60th of the text: in a long
+    text several passages, as a single one, between its neighbours in train, would be easy to predict.
     """
     documents = [(key, text) for key, text in documents if text]
     total = sum(len(text) for _, text in documents)
     for attempt in ("hash", "fill", "cut") if balance else ("hash",):
         if attempt == "cut":
             documents = [(part, part) for _, text in documents for part in passages(text, total // 60 + 256)]
-        places = np.array([int(hashlib.sha256(key).hexdigest()[:16], 16) / 16**16 for key, _ in documents])
-        order, which = np.unique(places, return_inverse=True)  # ascending
-        share = np.bincount(which, [len(text) / total for _, text in documents])  # of the bytes
-        order = order if attempt == "hash" else share.cumsum() - share / 2  # by the middle of each
-        val = np.clip(np.searchsorted(order, VAL_END), 1, len(order) - 2)
-        tune = np.clip(np.searchsorted(order, TUNE_END), val + 1, len(order) - 1)
-        if np.allclose([share[:val].sum(), share[val:tune].sum()], [VAL_END, TUNE_END - VAL_END], 0, 0.03):
+        hashes = np.array([int(hashlib.sha256(key).hexdigest()[:16], 16) / 16**16 for key, _ in documents])
+        places, key_of = np.unique(hashes, return_inverse=True)  # (keys,) ascending; the key of each document
+        share = np.bincount(key_of, [len(text) / total for _, text in documents])  # (keys,) of the bytes
+        if attempt != "hash":
+            places = share.cumsum() - share / 2  # where the middle of each key's bytes would be
+        val = np.clip(np.searchsorted(places, VAL_END), 1, len(places) - 2)
+        tune = np.clip(np.searchsorted(places, TUNE_END), val + 1, len(places) - 1)
+        off = abs(share[:val].sum() - VAL_END), abs(share[val:tune].sum() - (TUNE_END - VAL_END))
+        if max(off) <= 0.03:
             break
-    names = np.select([which < val, which < tune], ["val", "tune"], default="train")
+    names = np.select([key_of < val, key_of < tune], ["val", "tune"], default="train")
     splits = {name: [] for name in SPLITS}
     for number, (_, text) in enumerate(documents):
         splits[names[number]] += [(number, passage) for passage in passages(text)]
     if not all(splits.values()):
-        raise DataError(f"too short: {len(order)} documents, it takes 3: give 3 files, or one of 9 kB")
+        raise DataError(f"too short: {len(places)} documents, it takes 3: give 3 files, or one of 9 kB")
     return splits
 
 
@@ -179,9 +181,8 @@ def write_split(path, tokenizer, pieces, max_tokens=None):
             break
     ids, lengths = np.concatenate(encoded)[:max_tokens], tokenizer.token_bytes()
     path.write_bytes(ids)
-    size = sum(int(lengths[part].sum()) for part in np.array_split(ids, len(encoded)))  # in little memory
     return {"documents": len(starts), "passages": len(encoded), "tokens": len(ids),
-            "bytes": size, "sha256": hashlib.sha256(ids).hexdigest(),
+            "bytes": int(lengths[ids].sum()), "sha256": hashlib.sha256(ids).hexdigest(),
             "dropped": dropped, "document_starts": list(starts.values())}
 
 
@@ -202,7 +203,7 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
     folder = Path(os.path.expanduser(out or f"data/{dataset}-{label}"))
     untrained = Tokenizer.train(tokenizer, ["a"], vocab_size)  # what is wrong shows now, not after a download
     known = [source, untrained.spec, vocab_size * (tokenizer == "bpe"), max_tokens if source == "c4" else 0]
-    asked = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    asked = hashlib.sha256(json.dumps(known).encode()).hexdigest()  # by it another request is known at once
 
     with replacing(folder, asked) as new:
         pieces = split(documents, balance=bool(inputs))
@@ -218,8 +219,9 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
 
     total = sum(part["bytes"] for part in splits.values())
     for (name, got), aim in zip(splits.items(), (0.85, 0.10, 0.05), strict=True):
-        print(f"{name:6}{got['documents']:8,} documents{got['tokens']:13,} tokens{got['bytes'] / total:8.1%}"
-              f" of the bytes (aim {aim:.0%}){got['bytes'] / got['tokens']:7.2f} bytes per token")
+        share = f"{got['bytes'] / total:8.1%} of the bytes" + f" (aim {aim:.0%})" * (max_tokens is None)
+        print(f"{name:6}{got['documents']:8,} documents{got['tokens']:13,} tokens{share}"
+              f"{got['bytes'] / got['tokens']:7.2f} bytes per token")
         if n := got["dropped"].total():
             print(f"{name}: left out {n:,} unknown characters of {len(got['dropped']):,} kinds",
                   f"({n / (n + got['tokens']):.1%}; bits per byte count 8 a byte), such as",
@@ -284,7 +286,7 @@ def open_data(config):
     default = DEFAULTS.get(folder.as_posix())
     if default and not folder.exists() and not processes()[0]:
         print(f"{folder} is not there yet: preparing the default corpus")
-        (flag, value), = default.items()
+        [(flag, value)] = default.items()
         prepare(**default, out=folder, command=f"python prepare.py --{flag}={value}")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other processes wait for rank 0
@@ -293,7 +295,7 @@ def open_data(config):
     U, N = config["unique_tokens"] or len(ids), len(held_out) // T
     if U > len(ids):
         raise DataError(f"--unique_tokens={U}: {folder} has {len(ids):,} training tokens; 0 takes all")
-    if U // T < B:
+    if U < B * T:
         raise DataError(f"--batch_size={B} times --block_size={T} is {B * T:,} tokens: there are {U:,}")
     if N < 1:
         raise DataError(f"--block_size={T}: {config['split']!r} of {folder} has but {len(held_out)} tokens")
@@ -315,6 +317,7 @@ def find_files(inputs):
     for given in inputs:
         path = os.path.expanduser(given)
         names = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        names = [name for name in names if os.path.isfile(name)]  # ** gives folders, too
         if os.path.isdir(path):
             names = [name for name in sorted(glob.glob(glob.escape(path) + "/*")) if name.endswith(ends)]
         if not names:
@@ -330,20 +333,23 @@ def read_files(paths):
         try:
             with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
                 text = file.read()
-            if b"\0" in text[:2] or text[:2] in (b"\xff\xfe", b"\xfe\xff"):  # the first can be UTF-8
+            if b"\0" in text[:2] or text[:2] in (b"\xff\xfe", b"\xfe\xff"):  # NUL is UTF-8, too
                 raise UnicodeError("it begins as UTF-16 does")
             text.decode()
-            documents = [text.removeprefix(b"\xef\xbb\xbf")]  # without a byte order mark
-            for number, line in enumerate(documents.pop().split(b"\n") if lines else [], 1):
+            text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+            documents = [] if lines else [text]
+            for number, line in enumerate(text.split(b"\n") if lines else [], 1):
                 where = f'{path}, line {number}, as an object with a "text"'
-                documents += [json.loads(line)["text"].encode(errors="replace")] if line.strip() else []
+                if line.strip():
+                    documents.append(json.loads(line)["text"].encode(errors="replace"))
         except UnicodeError as error:
             name = "CP1252" if isinstance(error, UnicodeDecodeError) else "UTF-16"
             raise DataError(f"{path} is no UTF-8 text ({error}). Unless it is damaged, it is likely {name}: "
                             f"iconv -f {name} -t UTF-8 {shlex.quote(path)} > utf8.txt") from error
         except (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zlib.error) as error:
             raise DataError(f"cannot read {where} ({type(error).__name__}: {error})") from error
-        yield from zip(documents, documents, strict=True)
+        for document in documents:
+            yield document, document
 
 
 @contextlib.contextmanager
@@ -363,7 +369,8 @@ def read_shakespeare():
         text = stream.read()
         if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
             raise ValueError("it did not come with its SHA-256")
-    yield from ((passage, passage) for passage in passages(text))
+    for passage in passages(text):
+        yield passage, passage
 
 
 def read_c4(max_tokens):
@@ -401,7 +408,7 @@ def replacing(folder, asked=None):
             yield new
             if there:
                 metas = [(at / "meta.json").read_text("utf-8", "replace") for at in (folder, new)]
-                if len({re.sub(r'"(asked|command|dataset)".*\s*', "", text) for text in metas}) > 1:
+                if len({re.sub(r'\n "(asked|command|dataset|version)": .*', "", text) for text in metas}) > 1:
                     raise other
                 folder.rename(Path(temporary, "old"))  # a kill just now loses it; its command makes it again
             new.rename(folder)
@@ -421,7 +428,8 @@ def next_step(folder, splits):
     """The command to go on with, with the flags it takes where the defaults of train.py do not fit."""
     U, *held_out = [part["tokens"] for part in splits.values()]
     if U < 16 * 128 or min(held_out) < 128:  # of --preset=laptop
-        return f"Too short to train on ({U} tokens): it takes 2,048 in train and 128 each in val and tune."
+        have = ", ".join(str(part["tokens"]) for part in splits.values())
+        return f"Too short to train on: {have} tokens, it takes 2,048 in train and 128 each in val and tune."
     whole = " --unique_tokens=0" if U < 65_536 and not is_own(folder) else ""
     small = " --preset=laptop" if U < 64 * 256 or min(held_out) < 256 else ""  # than --preset=gpu takes
     return f"Next:\n  python train.py --data={shlex.quote(str(folder))} --objective=diffusion{whole}{small}"

@@ -31,10 +31,10 @@ from prepare import EOT, DataError, Tokenizer
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one id from each row of logits (..., V); temperature 0 takes the likeliest. Returns (...)."""
+    """Draw one id from each row of logits (N, V); temperature 0 takes the likeliest. Returns (N,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double()  # float32 noise would make the rare tokens rarer still (arXiv 2409.02908)
+    logits = logits.double()  # in float32 rare tokens would be drawn too seldom (arXiv 2409.02908)
     if top_k and top_k < logits.shape[-1]:  # among the k likeliest
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     p = ((logits - logits.max(-1, keepdim=True).values) / temperature).exp()  # at most 1: no overflow
@@ -42,14 +42,17 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         descending, ids = p.sort(descending=True)
         likelier = descending.cumsum(-1) - descending  # (..., V): what the tokens before each have together
         p = p.scatter(-1, ids, descending.masked_fill(likelier >= top_p * p.sum(-1, keepdim=True), 0))
-    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
 def sample_ar(model, ids, length, use_cache=True, eot=-1, **how):  # [AR]
-    """Continue ids (B, P) to (B, length), or until each row has eot; how: as pick. Returns ids and when."""
+    """Continue ids (B, P) to (B, length), or until each row has eot; how: as pick.
+
+    Returns ids and when (B, length): the forward pass that wrote each token, 0 for the prompt.
+    """
     V, T, P = model.config.vocab_size, model.config.block_size, ids.shape[1]
-    begin, unread = 0, None
+    begin, unread = 0, None  # where the block begins; the tokens to read next, None: the block from there on
     while ids.shape[1] < length and (eot < 0 or not (ids[:, P:] == eot).any(1).all()):
         if ids.shape[1] - begin >= T:  # the block is full: its last T/2 tokens become the first of the next
             begin, unread = ids.shape[1] - T // 2, None
@@ -66,9 +69,9 @@ def sample_ar(model, ids, length, use_cache=True, eot=-1, **how):  # [AR]
 def unmask(model, x, steps=0, order="random", temperature=1.0, generator=None, **how):  # [DIFFUSION]
     """Unmask x (B, L <= T) where it is V. Returns ids and when (B, L): the forward pass that wrote it, or 0.
 
-    steps: forward passes; 0, or as many as a row has masks: one token of a row in each. order: next are
-      random       any. One by one: exact. Else the reverse process: each with probability 1/(steps left)
-      confidence   in even shares, those whose drawn token is the most probable: it favours likely tokens
+    steps: forward passes; 0, or as many as a row has masks: one token of a row in each. order, of unmasking:
+      random       one by one: exact. Else the reverse process: each mask with probability 1/(steps left)
+      confidence   in even shares, first those whose drawn token is the most probable: likely text
       left         in even shares, from left to right
     """
     V, T, L = model.config.vocab_size, model.config.block_size, x.shape[1]
@@ -77,7 +80,8 @@ def unmask(model, x, steps=0, order="random", temperature=1.0, generator=None, *
     if temperature == 0:  # nothing is left to chance then, nor is the order
         generator = torch.Generator(x.device).manual_seed(0)
     for left in range(steps if fewer else most, 0, -1):
-        chosen = masked = x == V  # (B, L); confidence chooses among them all, once their tokens are drawn
+        masked = x == V  # (B, L)
+        chosen = masked  # where tokens are drawn: by confidence everywhere, and then some of them are kept
         quota = -(-masked.sum(1, keepdim=True) // left)  # (B, 1), rounded up: the last step leaves no mask
         if order == "random":
             noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
@@ -126,8 +130,12 @@ def encode(tokenizer, text):
 
 
 def encode_gaps(tokenizer, text, gap, mark=""):
-    """Token ids (L,) of a text, masks at its gaps: each mark, or ____ as in --help, is `gap`, __7__ seven."""
-    gaps = re.escape(mark) + "()" if mark else r"_{2,}(\d+)_{2,}|_{4,}|(?<!\S)_{2,3}(?![^\s.,;:!?)])"
+    """Token ids (L,) of a text with masks at its gaps: `gap` for ____, 7 for __7__ (see --help).
+
+    mark: what stands for a gap in place of these.
+    """
+    gaps = r"_{2,}0*(\d+)_{2,}|_{4,}|(?<!\S)_{2,3}(?![^\s.,;:!?)])"
+    gaps = re.escape(mark) + "()" if mark else gaps  # (): no length, so that split gives as many parts
     parts = re.split(f" ?(?:{gaps})", text)  # text, length or none, text, ...
     lengths = [int(length[:9] if length else gap) for length in parts[1::2]]
     if not 1 <= min(lengths, default=0) <= sum(lengths) <= 10**6:
@@ -169,10 +177,10 @@ def header(c):
 
 def show(record, config, name="val"):
     """The loss of a record in words; the sign says whether the number is exact or a bound."""
-    loss, bpb = record[f"{name}_loss"], record[f"{name}_bpb"]
+    split, loss, bpb = config["split"], record[f"{name}_loss"], record[f"{name}_bpb"]
     if config["objective"] == "ar":
-        return f"val = {loss:.3f} nats/token, = {bpb:.3f} bits/byte"
-    return f"val <= {loss:.3f} ± {record[f'{name}_stderr']:.3f} nats/token, <= {bpb:.3f} bits/byte"
+        return f"{split} = {loss:.3f} nats/token, = {bpb:.3f} bits/byte"
+    return f"{split} <= {loss:.3f} ± {record[f'{name}_stderr']:.3f} nats/token, <= {bpb:.3f} bits/byte"
 
 
 def read_log(run):
@@ -224,7 +232,7 @@ def crossing(ar, diffusion):
 def crossings(ar, diffusion):
     """Where diffusion overtakes AR, in FLOPs or None: (at equal compute, AR's best: its lowest loss ever).
 
-    The second counts if diffusion's final bound is under it by more than twice its error.
+    The second counts if diffusion's best bound is under it by more than twice its error.
     """
     curves, lowest = (curve(ar, x="flops"), curve(diffusion, x="flops")), best_of(ar)["val_loss"]
     of_best = crossing([(1, lowest), (curves[1][-1, 0], lowest)], curves[1])
@@ -246,9 +254,9 @@ def verdict(ar, diffusion):
     elif equal:
         first = f"At equal compute diffusion overtakes AR{at(equal)}"
     elif d <= a:
-        first = "At equal compute diffusion is ahead of AR from the first evaluation on"
+        first = "At equal compute diffusion begins ahead of AR, so it does not overtake it"
     best, error = ar[-1]["best_loss"], end["best_stderr"]
-    gap, bound = end["best_loss"] - best, f"diffusion <= {end['best_loss']:.3f} ± {error:.3f}"
+    gap, bound = end["best_loss"] - best, f"diffusion's best, <= {end['best_loss']:.3f} ± {error:.3f},"
     second = f"is not overtaken: {bound} is {gap:.3f} above it (a bound, so open)"
     if gap < -2 * error:
         second = f"is overtaken{at(of_best)}: {bound} is {-gap:.3f} under it"
@@ -355,15 +363,15 @@ NUMBERS = {  # flag: (type, default, least, greatest, help)
     "gap": (int, 8, 1, 10**6, "tokens of a gap and the space before it [8]"),
     "num_samples": (int, 3, 1, 10**5, "how many texts [3]"),
     "length": (int, 0, 0, 10**6, "tokens of a text, the prompt included [twice the block]"),
-    "temperature": (float, 1.0, 0, 1e9, "1: as learned, lower: safer, 0: the likeliest, and nothing random"),
+    "temperature": (float, 1.0, 0, 1e9, "1: as learned, lower: safer, 0: the likeliest, whatever the seed"),
     "top_k": (int, 0, 0, 2**31, "choose among the k likeliest tokens only (0: all)"),
     "top_p": (float, 1.0, 1e-9, 1, "choose among the fewest tokens that have this probability together [1]"),
-    "steps": (int, 0, 0, 10**6, "diffusion: forward passes per block (0: one for every token, exact)"),
+    "steps": (int, 0, 0, 10**6, "diffusion: forward passes for every T tokens (0: one a token, exact)"),
     "seed": (int, 1, 0, 2**62, "the same seed gives the same text [1]")}
 
 
 def parse(argv):
-    """The flags of the command line. What is wrong with one is told in two lines, and the script ends."""
+    """The flags of the command line. Where one is wrong, the script says so and ends."""
     parser = argparse.ArgumentParser(usage="python sample.py [FLAGS]", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group()
     parser.add_argument("--run", help="run directory or checkpoint [the newest under out/, or pre-trained]")
@@ -401,12 +409,12 @@ def find_checkpoint(run, name):
     if path.suffix != ".pt" or path.is_dir():
         path /= f"{name or 'best'}.pt"
     if name not in (None, path.stem):
-        raise UserError(f"--run={path} is one checkpoint and --checkpoint={name} another: leave one out")
+        raise UserError(f"{path} is one checkpoint, --checkpoint={name} asks for another: leave that out")
     if path.exists():
         if path == PRETRAINED and not run:
             print(f"no run under out/ yet, so a pre-trained one writes: {path}", file=sys.stderr)
         return path
-    if path.with_name("last.pt").exists():
+    if path.name == "best.pt" and path.with_name("last.pt").exists():
         raise UserError(f"{path.parent} has not been evaluated yet: train on, or take --checkpoint=last")
     there = {str(file.parent) for place in (path.parent.parent, Path("out")) for file in place.glob("*/*.pt")}
     found = ", ".join(sorted(there)[:9]) or "no run under out/, train one with python train.py"
@@ -419,7 +427,7 @@ def fitting_threads(model, B):
     threads, block = torch.get_num_threads(), torch.zeros(B, model.config.block_size, dtype=torch.long)
     if model.embed.weight.device.type == "cpu":
         with torch.no_grad():
-            settle_threads(lambda: model.logits(block), threads)
+            settle_threads(lambda: model.head(model.hidden(block)[:, -1]), threads)
     try:
         yield
     finally:
@@ -432,11 +440,14 @@ def drawing_device(device):
 
 
 def generate(args, run, alone=True):
-    """Let a run write: what --json tells, tokenizer, ids and when; alone: refuse flags it has no use for."""
+    """Let a run write. Returns what --json prints, the tokenizer, and ids and when of each text.
+
+    alone: refuse diffusion's flags for AR; watch.py, which shows both, gives them to one of the two.
+    """
     path, device = find_checkpoint(run, args.checkpoint), choose_device(args.device)[0]
     saved = load_checkpoint(path)
-    model, tokenizer = model_from_checkpoint(saved).to(device), Tokenizer(saved["tokenizer"])
     # In float32 on any device: bf16 rounds a cached past differently, so the text would depend on the cache.
+    model, tokenizer = model_from_checkpoint(saved).to(device), Tokenizer(saved["tokenizer"])
     ar = model.config.objective == "ar"
     if ar and (args.infill is not None or alone and (args.steps or args.order)):
         raise UserError("--infill, --steps and --order are for diffusion: AR writes from left to right")
@@ -465,8 +476,9 @@ def generate(args, run, alone=True):
         "objective": model.config.objective, "length": max(length, ids.shape[1]),
         "parameters": model.num_params(), "step": saved["state"]["step"], "seconds": seconds,
         "network_evaluations": int(when.max()), "tokens_per_second": int((when > 0).sum()) / seconds}
-    stop = (ids == eot) & (when > 0)  # (B, L), where a text may end: it keeps what is up to the first
-    ids, when = ([row[i] for row, i in zip(x, stop.cumsum(1) == stop, strict=True)] for x in (ids, when))
+    stop = (ids == eot) & (when > 0)  # (B, L), where a text may end
+    kept = stop.cumsum(1) - stop.long() == 0  # (B, L): no stop comes before
+    ids, when = ([row[keep] for row, keep in zip(x, kept, strict=True)] for x in (ids, when))
     record["samples"] = [tokenizer.decode(row.tolist()) for row in ids]
     return record, tokenizer, ids, when
 

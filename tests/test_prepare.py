@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -549,6 +550,12 @@ def test_other_data_is_refused_before_the_work(tmp_path, monkeypatch, capsys, fi
     (tmp_path / "x" / "meta.json").write_text(json.dumps(meta, indent=1))
     assert "holds other data" in fails(capsys, tmp_path, *argv, "--vocab_size=301")
     assert prepare.main(argv) == 0 and "asked" in load(tmp_path / "x").meta
+    meta = (tmp_path / "x" / "meta.json").read_text()
+    (tmp_path / "x" / "meta.json").write_text(meta.replace('"version": 1', '"version": 0'))  # of an older prepare.py
+    with pytest.raises(DataError, match="version 1.*run `") as refused:
+        load(tmp_path / "x")
+    command = shlex.split(re.search("`(.*)`", str(refused.value))[1])
+    assert prepare.main(command[2:]) == 0 and load(tmp_path / "x")  # the remedy works
 
 
 @pytest.mark.parametrize("text, flags, preset", [
@@ -588,7 +595,9 @@ def test_a_text_too_short_to_train_on_is_told_how_much_it_takes(tmp_path, capsys
     (tmp_path / "my.txt").write_text("\n\n".join(corpus(12)))
     prepare.prepare(inputs=[tmp_path / "my.txt"], vocab_size=400, out=tmp_path / "x")
     out = capsys.readouterr().out
-    assert "Too short to train on" in out and "2,048" in out and "128" in out and "train.py" not in out
+    tokens = [str(part["tokens"]) for part in load(tmp_path / "x").meta["splits"].values()]
+    assert f"Too short to train on: {', '.join(tokens)} tokens" in out and "2,048" in out and "128" in out
+    assert "train.py" not in out
 
 
 def test_the_default_corpus_has_the_plain_command(sotu, capsys, tmp_path):
@@ -610,6 +619,9 @@ def test_folders_patterns_and_the_home_directory(tmp_path, monkeypatch, capsys, 
     assert load("again").meta["splits"] == expected["splits"] and not Path("~").exists()
     Path("a[1].txt").write_text("\n\n".join(corpus(80)))  # a name that is a pattern too
     assert prepare.main(["--input=a[1].txt", "--tokenizer=char", "--out=bracket"]) == 0
+    shutil.copytree("texts", "deep/er", ignore=lambda *_: ["image.png"])
+    assert prepare.main(["--input=deep/**", "--tokenizer=char", "--out=deep-char"]) == 0  # it finds a folder, too
+    assert load("deep-char").meta["splits"] == expected["splits"]
     Path("none").mkdir()
     Path("none/image.png").write_bytes(b"\x89PNG")
     for name in ("none", "~/none", "nothing*.txt", "nowhere.txt", "~nobody/x.txt", ""):

@@ -123,7 +123,7 @@ def test_both_crossings_are_found_told_and_drawn(tmp_path):
     told = sample.verdict(ar, diffusion).splitlines()
     assert told[0] == f"At equal compute diffusion overtakes AR at {equal:.2g} FLOPs, epoch {equal / 10:.3g}"
     assert told[1] == (f"AR's best, 3.000, is overtaken at {of_best:.2g} FLOPs, epoch {of_best / 10:.3g}: "
-                       "diffusion <= 2.000 ± 0.001 is 1.000 under it")
+                       "diffusion's best, <= 2.000 ± 0.001, is 1.000 under it")
     ax = Figure().subplots()
     sample.draw_losses(ax, ar, diffusion)
     assert len([line for line in ax.lines if line.get_marker() in "oD"]) == 2
@@ -138,12 +138,17 @@ def test_what_did_not_happen_is_said_with_the_sign_of_the_bound():
     assert sample.crossings(ar, diffusion) == (None, None)
     assert sample.verdict(ar, diffusion).splitlines() == [
         "At equal compute diffusion does not overtake AR (up to 30 FLOPs)",
-        "AR's best, 3.000, is not overtaken: diffusion <= 4.000 ± 0.001 is 1.000 above it (a bound, so open)"]
-    ahead = log_of("diffusion", [2.0, 1.5])
-    assert sample.verdict(ar, ahead).startswith("At equal compute diffusion is ahead of AR from the first evaluation")
+        "AR's best, 3.000, is not overtaken: diffusion's best, <= 4.000 ± 0.001, is 1.000 above it (a bound, so open)"]
+    for losses in ([2.0, 1.5], [2.0, 5.0]):  # it may fall behind
+        begins = sample.verdict(ar, log_of("diffusion", losses))
+        assert begins.startswith("At equal compute diffusion begins ahead of AR, so it does not overtake it\n")
     level = sample.verdict(ar, log_of("diffusion", [6, 5, 2.999])).splitlines()[1]
-    assert level == "AR's best, 3.000, is reached, not overtaken: diffusion <= 2.999 ± 0.001 is within its error"
+    assert level == ("AR's best, 3.000, is reached, not overtaken: "
+                     "diffusion's best, <= 2.999 ± 0.001, is within its error")
     assert sample.crossings(ar, log_of("diffusion", [6, 5, 2.999]))[1] is None
+    record = {"val_loss": 2.0, "val_bpb": 1.0, "val_stderr": 0.1}
+    assert sample.show(record, {"objective": "ar", "split": "tune"}) == "tune = 2.000 nats/token, = 1.000 bits/byte"
+    assert sample.show(record, {"objective": "diffusion", "split": "tune"}).startswith("tune <= 2.000 ± 0.100")
     later = sample.verdict(log_of("ar", [4, 3], rate=1.0), log_of("diffusion", [6, 5]))
     assert later.startswith("Diffusion and AR have no compute in common")
 

@@ -416,7 +416,8 @@ def test_underscores_of_a_text_are_text(text):
     ("def __init__(self): ____", "def __init__(self):[5]"), ("____, ____.", "[5],[5]."), ("____", "[5]"),
     ("a __ b ___ c", "a[5] b[5] c"), ("we __. Or __!", "we[5]. Or[5]!"), ("__\n__", "[5]\n[5]"),
     ("(____) \"____\" x=____;", "([5]) \"[5]\" x=[5];"), ("a __7__ b", "a[7] b"), ("__7__", "[7]"),
-    ("f(__2__, __3__)", "f([2],[3])"), ("____4____", "[4]"), ("________________", "[5]"),
+    ("f(__2__, __3__)", "f([2],[3])"), ("__0000000000003__", "[3]"), ("____4____", "[4]"),
+    ("________________", "[5]"),
     ("\u6211____\u6211__3__\u6211", "\u6211[5]\u6211[3]\u6211"), ("un____ed", "un[5]ed")])
 def test_a_gap_is_what_the_help_says(text, read):
     assert with_gaps(text) == read
@@ -583,6 +584,7 @@ def test_a_run_may_be_named_by_its_checkpoint(runs, capsys, monkeypatch, tmp_pat
         assert say(capsys, f"--run={run}", "--length=4").startswith(f"{record['run']}/{name}.pt: ar, ")
     (folder / "best.pt").unlink()
     assert main(["--run=out/ar/best.pt"]) == 2 and "has not been evaluated yet" in capsys.readouterr().err
+    assert main(["--run=out/ar/typo.pt"]) == 2 and "out/ar/typo.pt: no such checkpoint" in capsys.readouterr().err
     assert main(["--run=out/air"]) == 2 and "out/ar, out/diffusion" in capsys.readouterr().err
     assert main(["--run=elsewhere"]) == 2 and "out/ar, out/diffusion" in capsys.readouterr().err
 
