@@ -13,6 +13,7 @@ them, settings in words, likelihoods over orders, n-grams.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -411,7 +412,8 @@ def crossing_table(logs):
                          for objective in ("ar", "diffusion"))  # [records of each seed]
         low, bound = (np.mean([records[-1]["best_loss"] for records in runs]) for runs in (ar, diffusion))
         epoch = np.mean([sample.best_of([None, *records])["epoch"] for records in diffusion])
-        epochs, (equal, of_best, _) = diffusion[0][-1]["epoch"], np.array([*seeds.values()]).T
+        epochs = np.mean([records[-1]["epoch"] for records in diffusion])
+        equal, of_best, _ = np.array([*seeds.values()]).T
         print(f"{U:7,}{len(seeds):4}  {spread(equal):26} {spread(of_best):26}{np.isnan(equal).sum():3} "
               f"{np.isnan(of_best).sum():4}  = {low:.3f} ≤ {bound:.3f} {epoch:4.0f} of {epochs:.0f}")
     return found
@@ -454,6 +456,12 @@ def critical_laws(points, limits=None, samples=2000):
         laws += [law] if law is not None else []
     b, constants = np.array(laws).T
     return b, np.exp(constants)
+
+
+def exponents_between(points):
+    """The exponents of a power law from each U to the next, {(U, V): b}; points: {U: FLOPs of each seed, or NaN}."""
+    mean = {U: np.nanmean(np.log(flops)) for U, flops in points.items() if np.isfinite(flops).any()}
+    return {(U, V): (mean[V] - mean[U]) / math.log(V / U) for U, V in itertools.pairwise(mean)}
 
 
 def with_interval(values):

@@ -353,6 +353,11 @@ def test_a_power_law_is_recovered_with_its_interval():
         laws.critical_laws({U: points[U] for U in (512, 1024, 16384)})
 
 
+def test_exponents_between_neighbours():
+    points = {100: [1e9, 4e9], 200: [math.nan, 8e9], 300: [math.nan] * 2, 800: [8e9, 8e9]}
+    assert laws.exponents_between(points) == pytest.approx({(100, 200): 2, (200, 800): 0})
+
+
 def test_a_lower_limit_counts_where_the_law_is_below_it():
     points = {U: 3e11 * (U / 4096) ** 1.5 * np.array([0.9, 1, 1.1]) for U in (1024, 2048, 4096, 8192)}
     none = {16384: np.full(3, np.nan)}
