@@ -145,7 +145,7 @@ def worth_table(rows):
     The mean over the seeds, and the least and the greatest. Returns {objective: {(N, E): (seeds,) epochs of new text}}.
     """
     sizes, worth = sorted({row["N"] for each in rows.values() for row in each}), defaultdict(dict)
-    print(f"{'':22}worth in epochs of new text, for a network of (-: no run to compare)")
+    print(f"{'':22}worth in epochs of new text, mean [least, greatest seed], for a network of (-: no run to compare)")
     print(f"{'':10} epochs " + "".join(f"{N:>17,}     " for N in sizes) + "  parameters")
     for objective, each in rows.items():
         found = defaultdict(lambda: defaultdict(list))  # {(N, E): {seed: [of every U]}}
@@ -404,7 +404,7 @@ def crossing_table(logs):
     seeds that have one.
     """
     found = measured_crossings(logs)
-    print(f"{'':12}FLOPs, mean over the seeds [least, greatest]{'':7}seeds without  lowest loss, mean    diffusion's\n"
+    print(f"{'':12}FLOPs, mean over the seeds [least, greatest]{'':9}no crossing  lowest loss, mean    diffusion's\n"
           f"{'U':>7} seeds {'equal compute':26} {'AR’s best':24} equal best     AR  diffusion  lowest at epoch")
     for U, seeds in found.items():
         ar, diffusion = ([min((records for c, records in logs if (c["unique_tokens"], c["objective"], c["seed"]) ==
@@ -412,10 +412,11 @@ def crossing_table(logs):
                          for objective in ("ar", "diffusion"))  # [records of each seed]
         low, bound = (np.mean([records[-1]["best_loss"] for records in runs]) for runs in (ar, diffusion))
         epoch = np.mean([sample.best_of([None, *records])["epoch"] for records in diffusion])
-        epochs = np.mean([records[-1]["epoch"] for records in diffusion])
+        epochs = {f" of {records[-1]['epoch']:.0f}" for records in diffusion}  # of several runs they may differ
+        of = epochs.pop() if len(epochs) == 1 else ""
         equal, of_best, _ = np.array([*seeds.values()]).T
         print(f"{U:7,}{len(seeds):4}  {spread(equal):26} {spread(of_best):26}{np.isnan(equal).sum():3} "
-              f"{np.isnan(of_best).sum():4}  = {low:.3f} ≤ {bound:.3f} {epoch:4.0f} of {epochs:.0f}")
+              f"{np.isnan(of_best).sum():4}  = {low:.3f} ≤ {bound:.3f} {epoch:4.0f}{of}")
     return found
 
 
