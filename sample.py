@@ -302,7 +302,7 @@ def draw_losses(ax, *logs):
             x = flops * diffusion[-1]["epoch"] / diffusion[-1]["flops"]
             y = np.interp(np.log(x), np.log(curve(diffusion)[:, 0]), curve(diffusion)[:, 1])
             ax.plot(x, y, mark, color="black", mfc="white", ms=9)
-    words = re.sub("(<=|±) | (?=±)", "\\1\N{NO-BREAK SPACE}", verdict(ar, diffusion))  # no line begins with ±
+    words = re.sub("(<=|±) | (?=±)", "\\1\xa0", verdict(ar, diffusion))  # no line begins with ±
     title = [part for line in words.split("\n") for part in textwrap.wrap(line, 90)]
     ax.set_title("\n".join(title), loc="left", fontsize=10)
 
