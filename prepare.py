@@ -333,7 +333,7 @@ def read_files(paths):
         try:
             with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
                 text = file.read()
-            if b"\0" in text[:2] or text[:2] in (b"\xff\xfe", b"\xfe\xff"):  # NUL is UTF-8, too
+            if b"\0" in text[:2] or text[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-8 takes NULs
                 raise UnicodeError("it begins as UTF-16 does")
             text.decode()
             text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
