@@ -420,6 +420,55 @@ def crossing_table(logs):
     return found
 
 
+def overtaken(seeds):
+    """Where the seeds of one U overtake AR's best, as measured_crossings gives them ({} where nothing was measured)."""
+    if not seeds:
+        return "not measured"
+    _, of_best, limit = np.array([*seeds.values()]).T
+    if crossed := np.isfinite(of_best).sum():
+        return f"{spread(of_best).split()[0]} with {crossed} of {len(seeds)} seeds"
+    return f"not overtaken up to {limit.min():.1e}" if np.isfinite(limit).any() else "none: diffusion overfits first"
+
+
+KINDS = "plain AR", "AR, paper's settings", "regularised AR", "diffusion", "regularised diffusion"
+
+
+def kind_of(config):
+    """Which of KINDS, the columns of README's table of results, a run is."""
+    if config["objective"] == "ar" and config["optimizer"] == "adamw":
+        return "AR, paper's settings"
+    if config["dropout"] or config["replace"]:
+        return "regularised AR" if config["objective"] == "ar" else "regularised diffusion"
+    return "plain AR" if config["objective"] == "ar" else "diffusion"
+
+
+def opponent_table(logs):
+    """Print the lowest loss of each kind of model in runs [(config, records)], and which AR's best diffusion overtakes.
+
+    A line for each number U of unique tokens, means over the seeds. Diffusion overtakes AR with a seed if the lower of
+    its two bounds, with that seed, is under AR's best by more than twice its error. Returns how many seeds do,
+    {U: {kind of AR: (overtaken, seeds)}}.
+    """
+    ends = defaultdict(lambda: defaultdict(dict))  # {U: {kind: {seed: the last record of its lowest run}}}
+    for config, records in logs:
+        seeds, end = ends[config["unique_tokens"]][kind_of(config)], records[-1]
+        if config["seed"] not in seeds or end["best_loss"] < seeds[config["seed"]]["best_loss"]:
+            seeds[config["seed"]] = end
+    print(f"{'':8}lowest loss of AR (=){'':11}of diffusion (≤)       AR's best is overtaken with so many seeds\n"
+          f"{'U':>7}  plain  paper's  regul.    plain  regul.          plain  paper's  regularised")
+    found = {}
+    for U, kinds in sorted(ends.items()):
+        bounds = [{seed: end["best_loss"] + 2 * end["best_stderr"] for seed, end in kinds[kind].items()}
+                  for kind in KINDS[3:]]
+        found[U] = {kind: (sum(any(bound.get(seed, math.inf) < end["best_loss"] for bound in bounds)
+                               for seed, end in kinds[kind].items()), len(kinds[kind])) for kind in KINDS[:3]}
+        losses = [[end["best_loss"] for end in kinds[kind].values()] for kind in KINDS]
+        mean = [np.mean(each) if each else math.nan for each in losses]
+        print(f"{U:7,}  {mean[0]:.3f}   {mean[1]:.3f}   {mean[2]:.3f}    {mean[3]:.3f}   {mean[4]:.3f}   "
+              + "".join(f"{f'{n} of {of}':>11}" for n, of in found[U].values()))
+    return found
+
+
 def critical_laws(points, limits=None, samples=2000):
     """Power laws C (U / 4096)^b through points {U: FLOPs of each seed}: b and C, (1 + samples,) each.
 

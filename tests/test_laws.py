@@ -342,6 +342,32 @@ def test_the_table_of_crossings_shows_means_and_what_is_missing(capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[-9:] == words[-9:]  # each seed counts with its lowest run
 
 
+def test_the_crossings_of_one_text_in_words():
+    nan, words = math.nan, laws.overtaken
+    assert words({}) == "not measured"
+    assert words({1: (1e9, 2e9, 9e9), 2: (1e9, 8e9, 9e9)}) == "4.00e+09 with 2 of 2 seeds"
+    assert words({1: (1e9, 2e9, 9e9), 2: (1e9, nan, 9e9)}) == "2.00e+09 with 1 of 2 seeds"
+    assert words({1: (1e9, nan, math.inf), 2: (1e9, nan, 9e9)}) == "not overtaken up to 9.0e+09"
+    assert words({1: (1e9, nan, math.inf)}) == "none: diffusion overfits first"
+
+
+def test_the_table_of_opponents_counts_the_seeds_that_diffusion_overtakes(capsys):
+    def run(objective, seed, loss, **settings):
+        config, records = a_run(objective, seed, 1000, [6, loss, 7], error=0.1)
+        return config | {"optimizer": "muon", "dropout": 0, "replace": 0} | settings, records
+
+    runs = [run("ar", 1, 3.0), run("ar", 2, 3.0), run("ar", 1, 2.5, optimizer="adamw", dropout=0.1),
+            run("ar", 2, 2.9, optimizer="adamw", dropout=0.1), run("ar", 1, 2.0, replace=0.2),
+            run("diffusion", 1, 2.9), run("diffusion", 2, 2.9), run("diffusion", 2, 2.6, dropout=0.1)]
+    assert [laws.kind_of(c) for c, _ in runs[::2]] + [laws.kind_of(runs[-1][0])] == [*laws.KINDS]
+    found = laws.opponent_table(runs)
+    assert found == {1000: {"plain AR": (1, 2), "AR, paper's settings": (1, 2), "regularised AR": (0, 1)}}
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    assert words == "1,000 3.000 2.700 2.000 2.900 2.600 1 of 2 1 of 2 0 of 1".split()
+    laws.opponent_table([*runs, run("ar", 1, 1.0)])  # the lowest run of a seed counts
+    assert capsys.readouterr().out.splitlines()[-1].split()[1] == "2.000"
+
+
 def test_a_power_law_is_recovered_with_its_interval():
     rng = np.random.default_rng(1)
     points = {U: 3e11 * (U / 4096) ** 1.5 * np.exp(0.1 * rng.standard_normal(3)) for U in (512, 1024, 2048, 4096, 8192)}
