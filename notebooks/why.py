@@ -237,7 +237,7 @@ def write_source(folder, train_tokens=65_536, held_out=65_536):
     rng = np.random.default_rng(2)
     coder = prepare.Tokenizer({"kind": "char", "characters": "abcdefghijklmnop"})
     cumulative = p.cumsum(2)
-    with prepare.replacing(folder) as new:
+    with prepare.new_folder(folder) as new:
         splits = {}
         for name, size in sizes.items():
             a, b = divmod(rng.choice(p[..., 0].size, p=stationary(p).ravel()), len(p))

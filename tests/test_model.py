@@ -6,13 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_module
 from conftest import any_order_losses, tiny
-from model import GPT, GPTConfig, Muon, evaluate, make_optimizers, mask_k, standard_error, uniform_k
+from model import GPT, GPTConfig, evaluate, make_optimizers, mask_k, standard_error, uniform_k
 from probe import chain_rule_nll, conditional_nll
 
 
@@ -192,17 +191,15 @@ def test_logits_in_parts_give_the_same_loss_and_gradient(monkeypatch, objective)
     V, T = model.config.vocab_size, model.config.block_size
     x, mask = torch.randint(V, (8, T)), draw_mask(8, T, torch.Generator().manual_seed(0))
     results = []
-    for most, at_once in ((2**27, 2**21), (2**27, 3 * V), (3 * V, 3 * V)):
+    for most in (2**27, 3 * V):
         monkeypatch.setattr(model_module, "MAX_LOGITS", most)
-        monkeypatch.setattr(model_module, "CPU_LOGITS", at_once)
         model.zero_grad()
         kept = []  # sizes of what the backward pass will need
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             loss = model(x, mask=mask if objective == "diffusion" else None)
         loss.mean().backward()
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
-        assert (max(kept) >= V * 8 * T // 2) == (at_once > 3 * V)  # all logits at once, or not
-        assert (sum(n for n in kept if n == 3 * V) >= V * 7 * T // 2) == (most > 3 * V == at_once)  # kept, or not
+        assert (max(kept) >= V * 8 * T // 2) == (most > 3 * V)  # all logits kept, or not
     for a, *others in zip(*results, strict=True):
         assert all(torch.allclose(a, b, atol=1e-6) for b in others)
 
@@ -402,26 +399,3 @@ def test_standard_error_of_pure_noise():
     noise = 0.5 * torch.randn(256, 2, generator=generator, dtype=torch.float64)
     loss = 3 * torch.randn(256, 1, generator=generator) + k.double().log() + noise
     assert standard_error(loss, k) == pytest.approx(0.5 / math.sqrt(512), rel=0.15)
-
-
-@pytest.mark.parametrize("begin, go_on", [(Muon, Muon), (torch.optim.Muon, Muon)])
-def test_our_muon_makes_the_updates_of_torchs(begin, go_on):
-    def train_matrices(first, second):
-        torch.manual_seed(0)
-        shapes = [(24, 8), (8, 8), (8, 20), (24, 8), (8, 8)]
-        matrices = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-        settings = {"lr": 0.05, "weight_decay": 0.5, "adjust_lr_fn": "match_rms_adamw"}
-        optimizer = first(matrices, **settings)
-        for step in range(6):
-            for p in matrices:
-                p.grad = torch.randn(p.shape)
-            matrices[1].grad = None if step % 2 else matrices[1].grad  # what has no gradient stays as it is
-            optimizer.step()
-            if step == 2:  # as a resumed run does
-                state, optimizer = optimizer.state_dict(), second(matrices, **settings)
-                optimizer.load_state_dict(state)
-        return matrices
-
-    for ours, torchs in zip(train_matrices(begin, go_on), train_matrices(torch.optim.Muon, torch.optim.Muon),
-                            strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-3)  # here equal; an update is some 0.02

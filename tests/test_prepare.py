@@ -468,7 +468,7 @@ def test_an_empty_file_is_no_document(files, tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
     plain = prepare.prepare(inputs=files, tokenizer="char", out=tmp_path / "x")
     files.append(tmp_path / "empty.txt")
-    assert prepare.prepare(inputs=files, tokenizer="char", out=tmp_path / "x") == plain
+    assert prepare.prepare(inputs=files, tokenizer="char", out=tmp_path / "y") == plain
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
@@ -499,63 +499,39 @@ def test_no_such_tokenizer(tmp_path, capsys, files):
     assert f"{tmp_path} is no folder that prepare.py made" in told
 
 
-def test_other_content_never_takes_the_name_of_data_that_is_there(tmp_path, monkeypatch, capsys):
+def test_data_that_is_there_is_never_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for folder, seed in (("a", 0), ("b", 1), ("c", 0)):
+    for folder, seed in (("a", 0), ("b", 1)):
         Path(folder).mkdir()
         Path(folder, "input.txt").write_text("\n\n".join(corpus(100, seed)))
     assert prepare.main(["--input=a/input.txt", "--vocab_size=300"]) == 0
     first = {path.name: path.read_bytes() for path in Path("data/input-input-bpe300").iterdir()}
-    assert prepare.main(["--input=c/input.txt", "--vocab_size=300"]) == 0  # the same again
-    assert load("data/input-input-bpe300").meta["command"].endswith("--input=c/input.txt --vocab_size=300")
-    assert prepare.main(["--input=a/input.txt", "--vocab_size=300"]) == 0
     assert prepare.main(["--input=b/input.txt", "--vocab_size=300", "--out=data/sotu-bpe300"]) == 0
-    for argv in (["--input=b/input.txt", "--vocab_size=300"], ["--input=a/input.txt", "--tokenizer=data/sotu-bpe300"],
-                 ["--input=a/input.txt", "--vocab_size=301", "--out=data/input-input-bpe300"]):
-        error = fails(capsys, tmp_path, *argv)
-        assert "holds other data" in error and "remove it first" in error
-        assert {path.name: path.read_bytes() for path in Path("data/input-input-bpe300").iterdir()} == first
-    remedy = next(word for word in shlex.split(error) if word.startswith("--out="))
-    assert prepare.main([*argv[:2], remedy.rstrip(",")]) == 0  # and then both are there
-    made = load(tmp_path / "data/input-input-bpe300-2")
-    assert made.meta["command"].endswith(remedy.rstrip(","))
-    before = prepare.fingerprint(made)
-    shutil.rmtree(tmp_path / "data/input-input-bpe300-2")
-    assert prepare.main(shlex.split(made.meta["command"])[2:]) == 0  # the command makes it again, in its folder
-    assert prepare.fingerprint(load(tmp_path / "data/input-input-bpe300-2")) == before
-
-
-def test_other_data_is_refused_before_the_work(tmp_path, monkeypatch, capsys, files):
-    """As soon as it shows: no text is split, no tokenizer trained. The same text by another name goes through."""
-    argv = [f"--input={tmp_path / 'texts'}", "--vocab_size=300", f"--out={tmp_path / 'x'}"]
-    assert prepare.main(argv) == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
-    shutil.copytree(tmp_path / "texts", tmp_path / "moved")
-    prepare.prepare(inputs=files[1:], vocab_size=300, out=tmp_path / "other")
-    changed = (["--vocab_size=301"], ["--tokenizer=char"], [f"--tokenizer={tmp_path / 'other'}"])
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "split", None)
-        for other in changed:
-            assert "holds other data" in fails(capsys, tmp_path, *argv, *other)
-        for argument in ([f"--input={files[0]}"], ["--dataset=sotu"]):
-            assert "holds other data" in fails(capsys, tmp_path, *argument, *argv[1:])
-        (tmp_path / "moved" / files[0].name).write_text("other")
-        assert "holds other data" in fails(capsys, tmp_path, f"--input={tmp_path / 'moved'}", *argv[1:])
-    assert "holds other data" in fails(capsys, tmp_path, *argv, "--max_tokens=99")  # it shows in the end
-    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
-    shutil.copy(files[0], tmp_path / "moved")
-    assert prepare.main([f"--input={tmp_path / 'moved'}", *argv[1:]]) == 0
-    meta = json.loads((tmp_path / "x" / "meta.json").read_text())
-    del meta["asked"]  # as in a folder of an older version: it is compared when all is known
-    (tmp_path / "x" / "meta.json").write_text(json.dumps(meta, indent=1))
-    assert "holds other data" in fails(capsys, tmp_path, *argv, "--vocab_size=301")
-    assert prepare.main(argv) == 0 and "asked" in load(tmp_path / "x").meta
+        patch.setattr(prepare, "split", None)  # it is refused before the work
+        for argv in (["--input=b/input.txt", "--vocab_size=300"], ["--input=a/input.txt", "--vocab_size=300"],
+                     ["--input=a/input.txt", "--tokenizer=data/sotu-bpe300", "--out=data/input-input-bpe300"],
+                     ["--input=a/input.txt", "--vocab_size=301", "--out=data/input-input-bpe300"],
+                     ["--dataset=sotu", "--out=data/input-input-bpe300"], ["--input=a/input.txt", "--out=a"]):
+            error = fails(capsys, tmp_path, *argv)
+            assert "is there already: remove it first, or choose another --out" in error
+            assert {path.name: path.read_bytes() for path in Path("data/input-input-bpe300").iterdir()} == first
+    made = load(tmp_path / "data/input-input-bpe300")
+    before, command = prepare.fingerprint(made), shlex.split(made.meta["command"])[2:]
+    shutil.rmtree(tmp_path / "data/input-input-bpe300")
+    assert prepare.main(command) == 0  # the command makes it again, in its folder
+    assert prepare.fingerprint(load(tmp_path / "data/input-input-bpe300")) == before
+
+
+def test_the_remedy_for_data_of_an_older_version_works(tmp_path, files):
+    assert prepare.main([f"--input={tmp_path / 'texts'}", "--vocab_size=300", f"--out={tmp_path / 'x'}"]) == 0
     meta = (tmp_path / "x" / "meta.json").read_text()
-    (tmp_path / "x" / "meta.json").write_text(meta.replace('"version": 1', '"version": 0'))  # of an older prepare.py
-    with pytest.raises(DataError, match="version 1.*run `") as refused:
+    (tmp_path / "x" / "meta.json").write_text(meta.replace('"version": 1', '"version": 0'))
+    with pytest.raises(DataError, match="version 1.*remove it and run `") as refused:
         load(tmp_path / "x")
+    shutil.rmtree(tmp_path / "x")
     command = shlex.split(re.search("`(.*)`", str(refused.value))[1])
-    assert prepare.main(command[2:]) == 0 and load(tmp_path / "x")  # the remedy works
+    assert prepare.main(command[2:]) == 0 and load(tmp_path / "x")
 
 
 @pytest.mark.parametrize("text, flags, preset", [
@@ -838,14 +814,11 @@ def test_a_full_disk_leaves_nothing(tmp_path, files, monkeypatch, capsys):
             assert "No space left" in fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'x'}")
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_a_kill_leaves_the_old_data_the_new_or_none(tmp_path, files, there):
+def test_a_kill_leaves_the_new_data_or_none(tmp_path, files):
     """Killed before any call that changes a name: what has the final name loads. The command goes again."""
     argv = ["--input", *map(str, files), f"--out={tmp_path / 'x'}", "--tokenizer=char"]
     for kill_at in itertools.count():
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
-        if there:
-            prepare.main(argv)
         child = os.fork()
         if not child:
             left = itertools.count(kill_at, -1)
@@ -860,28 +833,22 @@ def test_a_kill_leaves_the_old_data_the_new_or_none(tmp_path, files, there):
         status = os.waitpid(child, 0)[1]
         if (tmp_path / "x").exists():
             load(tmp_path / "x")
-        assert prepare.main(argv) == 0
+        else:
+            assert prepare.main(argv) == 0
         if not status:  # it went through without being killed
             break
     assert kill_at > 8
 
 
 @pytest.mark.parametrize("when", ["write_split", "split"])
-def test_an_interrupted_run_leaves_the_old_data(tmp_path, files, monkeypatch, capsys, when):
-    prepare.prepare(inputs=files, out=tmp_path / "x", vocab_size=257)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
-
+def test_an_interrupted_run_leaves_nothing(tmp_path, files, monkeypatch, capsys, when):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, when, interrupted)
         assert "interrupted" in fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'x'}")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
-    (tmp_path / "x" / "val.bin").write_bytes(b"")  # and the same data is replaced, as that mends it
-    prepare.prepare(inputs=files, out=tmp_path / "x", vocab_size=257)
-    assert load(tmp_path / "x").tokenizer.vocab_size == 257
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts", "x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
 # ----- load
@@ -1030,10 +997,10 @@ def test_shakespeare(server, tmp_path, monkeypatch, capsys):
         server["/input.txt"] = (text, fault)
         error = fails(capsys, tmp_path, "--dataset=shakespeare", f"--out={tmp_path / 'x'}")
         assert "again" in error and "/input.txt failed (" in error
-    for fault in (None, "no length"):
+    for out, fault in (("x", None), ("y", "no length")):
         server["/input.txt"] = (text, fault)
-        assert prepare.main(["--dataset=shakespeare", f"--out={tmp_path / 'x'}", "--vocab_size=300"]) == 0
-    data = load(tmp_path / "x")
+        assert prepare.main(["--dataset=shakespeare", f"--out={tmp_path / out}", "--vocab_size=300"]) == 0
+    data = load(tmp_path / "y")
     assert sum(record["bytes"] for record in data.meta["splits"].values()) == len(text)
 
 
@@ -1059,8 +1026,8 @@ def test_nothing_is_downloaded_that_could_not_be_kept(server, tmp_path, capsys):
     argv = ["--dataset=c4", "--max_tokens=5000", "--vocab_size=300", f"--out={tmp_path / 'x'}"]
     assert prepare.main(argv) == 0 and server["asked"].pop() == "/c4-0.json.gz"
     for other in ("--max_tokens=6000", "--vocab_size=400", "--tokenizer=char", "--dataset=shakespeare"):
-        assert "holds other data" in fails(capsys, tmp_path, *argv, other)
-    assert server["asked"] == [] and prepare.main(argv) == 0
+        assert "is there already" in fails(capsys, tmp_path, *argv, other)
+    assert server["asked"] == []
 
 
 def test_c4_goes_on_to_the_next_shard(server, tmp_path):

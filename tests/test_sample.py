@@ -391,10 +391,10 @@ def test_gaps_become_masks_and_all_else_is_kept():
 BYTES = Tokenizer({"kind": "char", "characters": "".join(map(chr, range(32, 127))) + "\n\u6211"})
 
 
-def with_gaps(text, mark=""):
+def with_gaps(text):
     """A text as encode_gaps reads it, with [n] for a gap of n tokens; without a gap, the text."""
     try:
-        ids = encode_gaps(BYTES, text, 5, mark).tolist()
+        ids = encode_gaps(BYTES, text, 5).tolist()
     except UserError:
         return text
     runs = [(masked, [*group]) for masked, group in itertools.groupby(ids, lambda i: i == BYTES.vocab_size)]
@@ -423,24 +423,12 @@ def test_a_gap_is_what_the_help_says(text, read):
     assert with_gaps(text) == read
 
 
-def test_a_gap_mark_of_ones_own_leaves_underscores_alone(runs, capsys):
-    for mark in ("[...]", "???", "\\", "<gap>", "^"):
-        assert with_gaps(f"__init__ ____ {mark} __7__{mark}.", mark) == "__init__ ____[5] __7__[5]."
-    written = json.loads(say(capsys, "--run", runs / "diffusion", "--infill=w1a [...] w2b", "--gap_mark=[...]",
-                             "--gap=6", "--json"))
-    assert written["gap_mark"] == "[...]" and len(written["samples"]) == 3
-    for text in written["samples"]:
-        assert re.fullmatch("w1a.{6} w2b", text.replace(EOT, "."))
-    assert main(["--run", str(runs / "diffusion"), "--infill=a ____", "--gap_mark=[...]"]) == 2
-    assert "[...]" in capsys.readouterr().err  # it says which mark was looked for
-
-
 def test_the_help_states_the_rule_for_gaps(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "a gap is 4 underscores or more, 2 or 3 only as a word of their own, or __7__ (7 tokens)" in text
-    assert "--gap_mark" in text and "--stop_at_eot" in text
+    assert "--stop_at_eot" in text
 
 
 def test_infill_keeps_the_text_around_the_gaps(runs, capsys, tmp_path):

@@ -458,14 +458,12 @@ def test_a_copy_of_best_pt_is_nothing_to_go_on_from(whole, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", [*train.BEFORE])
 def test_a_run_that_is_older_than_a_flag_goes_on_as_before(whole, halfway, tmp_path, name):
-    """Also one whose log was kept in log.jsonl alone, with its best record in the state."""
     shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
     content = load_checkpoint(tmp_path / RUN / "last.pt")
     for older in {name, "final_draws"}:
         content["config"].pop(older, None)
     if name == "final_draws":
         content["config"]["final_passes"] = train.FLAGS["final_draws"][1]
-        content["state"]["best"] = min(content.pop("records"), key=lambda record: record["val_loss"])
     save_checkpoint(tmp_path / RUN / "last.pt", content)
     code, _, error = forked(tmp_path, [f"--resume={RUN}"])
     assert code == 0, error

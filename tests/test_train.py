@@ -350,7 +350,8 @@ def test_a_batch_that_can_not_be_shared_is_refused(corpus, tmp_path):
     ({"final_draws": 1}, "final_draws=1"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "tpu!"}, "tpu!"),
     ({"device": "meta"}, "meta"),
     ({"unknown": 1}, "unknown"), ({"init": "nowhere"}, "nowhere"),
-    ({"objective": "ar", "replace": 1.1}, "replace=1.1"), ({"ema": 0.999}, "ema=0.999"), ({"ema": 2.0}, "not a decay"),
+    ({"objective": "ar", "replace": 1.1}, "replace=1.1"), ({"ema": 0.999}, "ema=0.999"),
+    ({"ema": 2.0}, "share of the steps"),
     ({"data": "nowhere"}, "nowhere"), ({"split": "test"}, "split=test")])
 def test_wrong_settings_are_named(corpus, tmp_path, given, named):
     with pytest.raises((UserError, prepare.DataError), match=named):
