@@ -445,7 +445,7 @@ def kind_of(config):
 def opponent_table(logs):
     """Print the lowest loss of each kind of model in runs [(config, records)], and which AR's best diffusion overtakes.
 
-    A line for each number U of unique tokens, means over the seeds. Diffusion overtakes AR with a seed if the lower of
+    A line for each number U of unique tokens that has a stronger AR, means over the seeds. Diffusion overtakes AR with a seed if the lower of
     its two bounds, with that seed, is under AR's best by more than twice its error. Returns how many seeds do,
     {U: {kind of AR: (overtaken, seeds)}}.
     """
@@ -458,6 +458,8 @@ def opponent_table(logs):
           f"{'U':>7}  plain  paper's  regul.    plain  regul.          plain  paper's  regularised")
     found = {}
     for U, kinds in sorted(ends.items()):
+        if not any(kinds[kind] for kind in KINDS[1:3]):
+            continue
         bounds = [{seed: end["best_loss"] + 2 * end["best_stderr"] for seed, end in kinds[kind].items()}
                   for kind in KINDS[3:]]
         found[U] = {kind: (sum(any(bound.get(seed, math.inf) < end["best_loss"] for bound in bounds)
