@@ -445,9 +445,9 @@ def kind_of(config):
 def opponent_table(logs):
     """Print the lowest loss of each kind of model in runs [(config, records)], and which AR's best diffusion overtakes.
 
-    A line for each number U of unique tokens that has a stronger AR, means over the seeds. Diffusion overtakes AR with a seed if the lower of
-    its two bounds, with that seed, is under AR's best by more than twice its error. Returns how many seeds do,
-    {U: {kind of AR: (overtaken, seeds)}}.
+    A line for each number U of unique tokens that has a stronger AR, means over the seeds. Diffusion overtakes AR with
+    a seed if the lower of its two bounds, with that seed, is under AR's best by more than twice its error. Returns how
+    many seeds do, {U: {kind of AR: (overtaken, seeds)}}.
     """
     ends = defaultdict(lambda: defaultdict(dict))  # {U: {kind: {seed: the last record of its lowest run}}}
     for config, records in logs:
