@@ -421,7 +421,11 @@ def join_processes(device, batch_size):
 
 def make_model(config):
     """The GPT that a dict describes; keys that GPTConfig does not have are left alone."""
-    return GPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)}))
+    shape = GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)})
+    try:
+        return GPT(shape)
+    except RuntimeError as error:
+        raise UserError(f"no memory for {shape.n_layer} layers of {shape.n_embd} channels: {error}") from None
 
 
 def write_atomic(path, write):
@@ -457,7 +461,7 @@ def load_checkpoint(path):
         if damaged or found != FORMAT:
             raise ValueError(f"damaged: {damaged}" if damaged else f"its format is {found}, not {FORMAT}")
     except Exception as error:  # these raise a dozen kinds on bytes that are not a checkpoint
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise UserError(f"{path} is damaged or not a checkpoint of ambigpt ({reason})") from error
     return state
 

@@ -297,9 +297,9 @@ def open_data(config):
         raise DataError(f"--unique_tokens={U}: {folder} has {len(ids):,} training tokens; 0 takes all")
     if U < B * T:
         raise DataError(f"--batch_size={B} times --block_size={T} is {B * T:,} tokens: there are {U:,}; "
-                        "take less, such as --preset=laptop, or more text")
+                        "lower one (--preset=laptop takes 2,048 tokens), or give more text")
     if N < 1:
-        raise DataError(f"--block_size={T}: {config['split']!r} of {folder} has but {len(held_out)} tokens")
+        raise DataError(f"--block_size={T}: {config['split']} of {folder} has but {len(held_out)} tokens")
     chosen = np.linspace(0, N - 1, min(N, config["eval_blocks"] or N)).round().astype(int)
     blocks = np.asarray(held_out[: N * T]).reshape(N, T)[chosen]
     return data, torch.from_numpy(ids[:U].astype(np.int64)), torch.from_numpy(blocks.astype(np.int64))
@@ -395,7 +395,7 @@ def new_folder(folder):
     folder = Path(folder).resolve()
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise DataError(f"{folder} is there already: remove it first, or choose another --out")
+            raise DataError(f"{folder} is there: choose another --out, or remove it first if it is old data")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder.parent) as temporary:
             new = Path(temporary, "new")

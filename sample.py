@@ -450,7 +450,7 @@ def generate(args, run, alone=True):
         ids, length = encode(tokenizer, text), args.length or 2 * model.config.block_size
         if len(ids) >= length:
             raise UserError(f"--length={length} leaves nothing to write after a prompt of {len(ids)} tokens")
-    ids = torch.as_tensor(ids, dtype=torch.long).repeat(args.num_samples, 1)  # (B, P), drawn on the CPU
+    ids = torch.as_tensor(ids, dtype=torch.long).repeat(args.num_samples, 1)  # (B, P), on the CPU
     how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
            "generator": torch.Generator().manual_seed(args.seed)}
     order, eot = "left" if ar else args.order or "random", tokenizer.eot if args.stop_at_eot else -1

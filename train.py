@@ -42,7 +42,7 @@ FLAGS = {
     # name: (type, laptop, gpu, what is allowed: the choices or the least value, help)
     "objective": (str, "diffusion", "diffusion", ("ar", "diffusion"), "to predict next or masked tokens"),
     "data": (str, "data/sotu-bpe512", "data/sotu-bpe4096", None, "folder that prepare.py made"),
-    "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens; 0: on all, such as your own text"),
+    "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens; 0: on all of them"),
     "epochs": (float, 100.0, 200.0, 1e-6, "how often to go through the unique tokens"),
     "seed": (int, 1, 1, 0, "of the weights, the order of the data, the masks and dropout"),
     "n_layer": (int, 4, 12, 1, "transformer blocks"),
@@ -57,7 +57,7 @@ FLAGS = {
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
     "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
     "mask_weight": (float, 1.5, 1.5, 0, "a masked token weighs min(1/t, this) in training; 0: just 1/t"),
-    "ema": (float, 0.2, 0.2, 0, "share of the steps so far that the EMA of the weights spans; 0: no EMA"),
+    "ema": (float, 0.2, 0.2, 0, "share of the steps so far that the EMA spans, at most 0.8; 0: no EMA"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, ..."),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all"),
     "final_draws": (int, 24, 8, 2, "mask draws a block after the last step (diffusion); before it, 2"),
@@ -297,6 +297,8 @@ def reopen(run, given, get_batch=get_batch):
     config = as_of_now(saved["config"])
     if "optimizers" not in saved:
         raise UserError(f"{run}/last.pt has no optimizer state to go on from: is it a copy of best.pt?")
+    if "records" not in saved:
+        raise UserError(f"{run} is of an older version: begin a new run with its weights by --init={run}")
     if config["batch"] != get_batch.__name__:
         raise UserError(f"{run} was begun with the batches {config['batch']}: resume it with the same script")
     different = [f"--{name}={value} (the run has {config[name]})" for name, value in given.items()
@@ -346,6 +348,8 @@ class Run:
             if config["ema"]:
                 self.scored.load_state_dict(saved["average"])
             for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+                for new, group in zip(optimizer.param_groups, values["param_groups"], strict=True):
+                    group |= {key: new[key] for key in ("adjust_lr_fn",) if key in new}  # once our own Muon's
                 optimizer.load_state_dict(values)
         self.step, self.device = self.state["step"], model.embed.weight.device
         self.losses, self.norm = [], torch.tensor(0.0)  # since the last evaluation; of the last gradient

@@ -437,18 +437,19 @@ def kind_of(config):
     """Which of KINDS, the columns of README's table of results, a run is."""
     if config["objective"] == "ar" and config["optimizer"] == "adamw":
         return "AR, paper's settings"
-    if config["dropout"] or config["replace"]:
+    if config["dropout"] or config.get("replace") or config.get("hide"):
         return "regularised AR" if config["objective"] == "ar" else "regularised diffusion"
     return "plain AR" if config["objective"] == "ar" else "diffusion"
 
 
 def opponent_table(logs):
-    """Print the lowest loss of each kind of model in runs [(config, records)], and which AR's best diffusion overtakes.
+    """Print the lowest loss of each kind of model in runs [(config, records)] of one corpus, and what is overtaken.
 
-    A line for each number U of unique tokens that has a stronger AR, means over the seeds. Diffusion overtakes AR with
-    a seed if the lower of its two bounds, with that seed, is under AR's best by more than twice its error. Returns how
+    A line for each number U of unique tokens that has a stronger AR, means over the seeds. Diffusion overtakes
+    AR's best with a seed if either of its bounds, with that seed, is under it by more than twice its error. Returns how
     many seeds do, {U: {kind of AR: (overtaken, seeds)}}.
     """
+    assert len({config["data"] for config, _ in logs}) == 1, "runs of different corpora"
     ends = defaultdict(lambda: defaultdict(dict))  # {U: {kind: {seed: the last record of its lowest run}}}
     for config, records in logs:
         seeds, end = ends[config["unique_tokens"]][kind_of(config)], records[-1]
@@ -466,7 +467,7 @@ def opponent_table(logs):
                                for seed, end in kinds[kind].items()), len(kinds[kind])) for kind in KINDS[:3]}
         losses = [[end["best_loss"] for end in kinds[kind].values()] for kind in KINDS]
         mean = [np.mean(each) if each else math.nan for each in losses]
-        print(f"{U:7,}  {mean[0]:.3f}   {mean[1]:.3f}   {mean[2]:.3f}    {mean[3]:.3f}   {mean[4]:.3f}   "
+        print(f"{U:7,}  {mean[0]:5.3f}   {mean[1]:5.3f}   {mean[2]:5.3f}    {mean[3]:5.3f}   {mean[4]:5.3f}   "
               + "".join(f"{f'{n} of {of}':>11}" for n, of in found[U].values()))
     return found
 

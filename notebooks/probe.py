@@ -199,7 +199,7 @@ def write(model, B=64, seed=1):
     nothing = torch.empty(B, 0, dtype=torch.long)
     writer = sample_ar if model.config.objective == "ar" else sample_diffusion
     generator = torch.Generator().manual_seed(seed)
-    return writer(model, nothing, 2 * model.config.block_size, generator=generator)[0].cpu().numpy()
+    return writer(model, nothing, 2 * model.config.block_size, generator=generator)[0].numpy()
 
 
 def mixture(run, K, split=None, N=64, checkpoint="best", **other):

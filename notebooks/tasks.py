@@ -209,19 +209,19 @@ def completed(model, ids, left=False, N=512, n=8, seed=0):
 
     The span is in the middle of a block. AR reads what is before it; diffusion, unless left, what follows, too.
     """
-    V, T, device = model.config.vocab_size, model.config.block_size, model.embed.weight.device
+    V, T = model.config.vocab_size, model.config.block_size
     ids = torch.as_tensor(np.asarray(ids, dtype=np.int64))
     starts = torch.from_numpy(np.random.default_rng(seed).integers(0, len(ids) - T + 1, N))
     begin, found = (T - n) // 2, []
     for some in bar(starts.split(64), "completed"):
-        x = ids[some[:, None] + torch.arange(T)].to(device)  # (B, T)
+        x = ids[some[:, None] + torch.arange(T)]  # (B, T)
         if model.config.objective == "ar":
             written = sample_ar(model, x[:, :begin], begin + n, temperature=0)[0]  # [AR]
         else:
             masked = mask_span(x, begin, begin + n, V)
             end = begin + n if left else T
             written = unmask(model, masked[:, :end], order="left", temperature=0)[0]  # [DIFFUSION]
-        found.append((written[:, begin:begin + n] == x[:, begin:begin + n]).all(1).cpu())
+        found.append((written[:, begin:begin + n] == x[:, begin:begin + n]).all(1))
     return torch.cat(found).double().numpy()
 
 

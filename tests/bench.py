@@ -249,7 +249,7 @@ def evaluations(shape, device, dtype):
         work = flops(c, who, model.num_params()) / 3 * 4 * draws
         yield {"what": "evaluate", "who": who, "call": lambda m=model, x=blocks: evaluate(m, x, 2),
                "tokens": draws * blocks.numel(), "flops": work}
-        start = torch.zeros(1, 0, dtype=torch.int64, device=device)
+        start = torch.zeros(1, 0, dtype=torch.int64)
         if who == "diffusion":
             ways = {f"{n} steps": (sample_diffusion, {"steps": n}) for n in (T, T // 4, T // 16)}
         else:

@@ -354,7 +354,7 @@ def test_the_crossings_of_one_text_in_words():
 def test_the_table_of_opponents_counts_the_seeds_that_diffusion_overtakes(capsys):
     def run(objective, seed, loss, **settings):
         config, records = a_run(objective, seed, 1000, [6, loss, 7], error=0.1)
-        return config | {"optimizer": "muon", "dropout": 0, "replace": 0} | settings, records
+        return config | {"data": "d", "optimizer": "muon", "dropout": 0, "replace": 0} | settings, records
 
     runs = [run("ar", 1, 3.0), run("ar", 2, 3.0), run("ar", 1, 2.5, optimizer="adamw", dropout=0.1),
             run("ar", 2, 2.9, optimizer="adamw", dropout=0.1), run("ar", 1, 2.0, replace=0.2),

@@ -200,6 +200,7 @@ def test_logits_in_parts_give_the_same_loss_and_gradient(monkeypatch, objective)
         loss.mean().backward()
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
         assert (max(kept) >= V * 8 * T // 2) == (most > 3 * V)  # all logits kept, or not
+        assert sum(n for n in kept if n == 3 * V) < V * 7 * T // 2  # nor kept part by part
     for a, *others in zip(*results, strict=True):
         assert all(torch.allclose(a, b, atol=1e-6) for b in others)
 
@@ -351,6 +352,17 @@ def test_every_parameter_is_in_one_optimizer_or_is_named():
         model.blocks[0].scale = torch.nn.Parameter(torch.ones(2, 2, 2))
         with pytest.raises(ValueError, match="blocks.0.scale"):
             make_optimizers(model, optimizer, 1e-3, 0.1)
+
+
+def test_muons_updates_are_as_large_as_adamws():
+    muon = make_optimizers(GPT(GPTConfig(n_layer=1)), "muon", 1.0, 0.0)[1]
+    matrices = muon.param_groups[0]["params"]
+    before = [p.detach().clone() for p in matrices]
+    for p in matrices:
+        p.grad = torch.randn_like(p)
+    muon.step()
+    for p, old in zip(matrices, before, strict=True):
+        assert (p - old).square().mean().sqrt().item() == pytest.approx(0.2, rel=0.3)
 
 
 def test_chain_rule_equals_brute_force_and_sums_to_one():

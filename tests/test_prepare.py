@@ -511,10 +511,12 @@ def test_data_that_is_there_is_never_overwritten(tmp_path, monkeypatch, capsys):
         for argv in (["--input=b/input.txt", "--vocab_size=300"], ["--input=a/input.txt", "--vocab_size=300"],
                      ["--input=a/input.txt", "--tokenizer=data/sotu-bpe300", "--out=data/input-input-bpe300"],
                      ["--input=a/input.txt", "--vocab_size=301", "--out=data/input-input-bpe300"],
-                     ["--dataset=sotu", "--out=data/input-input-bpe300"], ["--input=a/input.txt", "--out=a"]):
+                     ["--dataset=sotu", "--out=data/input-input-bpe300"]):
             error = fails(capsys, tmp_path, *argv)
-            assert "is there already: remove it first, or choose another --out" in error
+            assert "is there: choose another --out, or remove it first if it is old data" in error
             assert {path.name: path.read_bytes() for path in Path("data/input-input-bpe300").iterdir()} == first
+    assert "is there: choose" in fails(capsys, tmp_path, "--input=a/input.txt", "--out=a")
+    assert Path("a/input.txt").exists()
     made = load(tmp_path / "data/input-input-bpe300")
     before, command = prepare.fingerprint(made), shlex.split(made.meta["command"])[2:]
     shutil.rmtree(tmp_path / "data/input-input-bpe300")
@@ -759,6 +761,11 @@ def test_what_is_not_ours_is_not_touched(tmp_path, capsys, files):
     prepare.prepare(inputs=files, out=tmp_path / "ours", vocab_size=257)
     (tmp_path / "ours" / "notes.txt").write_text("keep me")
     fails(capsys, tmp_path, "--input", *files, f"--out={tmp_path / 'ours'}")
+    with pytest.raises(DataError, match="cannot make"), prepare.new_folder(tmp_path / "late") as new:
+        (new / "a").write_text("new")
+        (tmp_path / "late").mkdir()  # during the work
+        (tmp_path / "late" / "b").write_text("old")
+    assert [path.name for path in (tmp_path / "late").iterdir()] == ["b"]
     (tmp_path / "empty").mkdir()
     prepare.prepare(inputs=files, out=tmp_path / "empty", vocab_size=257)
     assert load(tmp_path / "empty").tokenizer.vocab_size == 257
@@ -792,7 +799,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, files, monkeypatch, capsys):
 
 
 def test_a_kill_leaves_the_new_data_or_none(tmp_path, files):
-    """Killed before any call that changes a name: what has the final name loads. The command goes again."""
+    """Killed before any call that changes a name: what has the final name loads. Where nothing has, it goes again."""
     argv = ["--input", *map(str, files), f"--out={tmp_path / 'x'}", "--tokenizer=char"]
     for kill_at in itertools.count():
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
@@ -997,7 +1004,7 @@ def test_nothing_is_downloaded_that_could_not_be_kept(server, tmp_path, capsys):
     argv = ["--dataset=c4", "--max_tokens=5000", "--vocab_size=300", f"--out={tmp_path / 'x'}"]
     assert prepare.main(argv) == 0 and server["asked"].pop() == "/c4-0.json.gz"
     for other in ("--max_tokens=6000", "--vocab_size=400", "--tokenizer=char", "--dataset=shakespeare"):
-        assert "is there already" in fails(capsys, tmp_path, *argv, other)
+        assert "is there: choose" in fails(capsys, tmp_path, *argv, other)
     assert server["asked"] == []
 
 

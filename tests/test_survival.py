@@ -374,7 +374,7 @@ def test_a_checkpoint_cut_anywhere_is_refused(whole, tmp_path):
     good, path = (whole()[1] / RUN / "last.pt").read_bytes(), tmp_path / "last.pt"
     for length in np.linspace(0, len(good) - 1, 50).astype(int):
         path.write_bytes(good[:length])
-        assert_refused(path, "damaged|foreign")
+        assert_refused(path, "damaged or not a checkpoint of ambigpt")
 
 
 def test_a_checkpoint_with_one_wrong_bit_is_refused_or_means_the_same(whole, tmp_path):
@@ -390,8 +390,7 @@ def test_a_checkpoint_with_one_wrong_bit_is_refused_or_means_the_same(whole, tmp
         path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1:])
         try:
             assert same(load_checkpoint(path), content) and place not in inside
-        except UserError as error:
-            assert "damaged" in str(error)
+        except UserError:
             refused += 1
     assert refused > 60
 
@@ -401,9 +400,11 @@ def test_foreign_checkpoints_are_refused(whole, tmp_path):
     saved = torch.load(whole()[1] / RUN / "last.pt", weights_only=True)
     torch.save(saved | {"format": "ambigpt-checkpoint-0"}, path)
     assert_refused(path, "ambigpt-checkpoint-0")
-    for foreign in (saved["model"], {"format": 1}, [1, 2], 3, torch.ones(3), "text", {"a": torch.nn.Linear(2, 2)}):
+    for foreign, found in ((saved["model"], "format is None"), ({"format": 1}, "format is 1"),
+                           ([1, 2], "format is list"), (3, "format is int"), ("text", "format is str"),
+                           (torch.ones(3), "format is Tensor"), ({"a": torch.nn.Linear(2, 2)}, "Weights only")):
         torch.save(foreign, path)
-        assert_refused(path, "not a checkpoint of ambigpt|foreign")
+        assert_refused(path, found)
     path.unlink()
     assert_refused(path, "no such checkpoint")
 
@@ -548,6 +549,7 @@ def no_larger_than_a_laptop():
 
 
 @pytest.mark.parametrize("given_flag, code", [("--n_embd=1000000000", 2), ("--n_layer=1000000000000", 2),
+                                              ("--n_embd=20000", 2),
                                               ("--eval_every=1e-300", 0)])
 def test_an_absurd_size_is_refused_before_it_takes_all_memory(whole, tmp_path, given_flag, code):
     result = forked(tmp_path, [*whole()[0], "--epochs=0.1", given_flag], no_larger_than_a_laptop)

@@ -402,6 +402,22 @@ def test_a_change_of_the_held_out_text_alone_is_noticed_too(corpus, tmp_path):
         train.train(*train.reopen(tmp_path / "run", {}))
 
 
+def test_a_run_that_our_own_muon_began_goes_on_alike(corpus, tmp_path):
+    """It kept None where torch's keeps how large an update is, and None means another size to torch."""
+    settings = {"optimizer": "muon", "epochs": 2.0}
+    train.train(config(corpus, out=str(tmp_path / "whole"), **settings))
+    stops = iter([False, True])
+    train.train(config(corpus, out=str(tmp_path / "part"), **settings), stop=lambda: next(stops))
+    path = tmp_path / "part" / "last.pt"
+    saved = load_checkpoint(path)
+    assert [group.get("adjust_lr_fn") for group in saved["optimizers"][1]["param_groups"]] == ["match_rms_adamw"]
+    saved["optimizers"][1]["param_groups"][0]["adjust_lr_fn"] = None
+    save_checkpoint(path, {key: value for key, value in saved.items() if key != "format"})
+    train.train(*train.reopen(str(tmp_path / "part"), {}))
+    part, whole = (load_checkpoint(tmp_path / name / "last.pt") for name in ("part", "whole"))
+    assert all(torch.equal(part["model"][name], value) for name, value in whole["model"].items())
+
+
 def test_damaged_checkpoints_are_refused(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"model": GPT(GPTConfig(n_layer=1, n_embd=32)).state_dict(), "state": {"step": 1}})
@@ -410,10 +426,10 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     flipped[len(good) // 2] ^= 1
     for content in (bytes(flipped), good[:-100], b"", b"hello" * 99):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="damaged|foreign"):
+        with pytest.raises(UserError, match="damaged or not a checkpoint"):
             load_checkpoint(path)
     torch.save({"weights": torch.ones(2)}, path)
-    with pytest.raises(UserError, match="not a checkpoint of ambigpt"):
+    with pytest.raises(UserError, match="its format is None"):
         load_checkpoint(path)
     torch.save({"format": "ambigpt-checkpoint-0"}, path)
     with pytest.raises(UserError, match="checkpoint-0"):
