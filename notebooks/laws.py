@@ -139,18 +139,31 @@ def worth_measured(rows):
     return found
 
 
+def common_texts(measured):
+    """Where all objectives of worth_measured's rows {objective: rows} have one: {(N, E): the U}."""
+    texts = defaultdict(lambda: defaultdict(set))
+    for objective, rows in measured.items():
+        for row in rows:
+            texts[row["N"], row["E"]][objective].add(row["U"])
+    return {cell: set.intersection(*of.values()) for cell, of in texts.items() if len(of) == len(measured)}
+
+
 def worth_table(rows):
     """Print worth_measured of the rows of each objective for each number of epochs and network, means over U.
 
-    The mean over the seeds, and the least and the greatest. Returns {objective: {(N, E): (seeds,) epochs of new text}}.
+    Where all objectives have runs, of the U that all have. The mean over the seeds, and the least and the greatest.
+    Returns {objective: {(N, E): (seeds,) epochs of new text}}.
     """
+    measured = {objective: worth_measured(each) for objective, each in rows.items()}
+    common = common_texts(measured)
     sizes, worth = sorted({row["N"] for each in rows.values() for row in each}), defaultdict(dict)
-    print(f"{'':22}worth in epochs of new text, mean [least, greatest seed], for a network of (-: no run to compare)")
+    print(f"{'':22}worth in epochs of new text, mean [least, greatest seed], for a network of")
     print(f"{'':10} epochs " + "".join(f"{N:>17,}     " for N in sizes) + "  parameters")
-    for objective, each in rows.items():
+    for objective, each in measured.items():
         found = defaultdict(lambda: defaultdict(list))  # {(N, E): {seed: [of every U]}}
-        for row in worth_measured(each):
-            found[row["N"], row["E"]][row["seed"]].append(row["worth"])
+        for row in each:
+            if row["U"] in common.get((row["N"], row["E"]), {row["U"]}):
+                found[row["N"], row["E"]][row["seed"]].append(row["worth"])
         worth[objective] = {cell: np.array([np.mean(of_U) for of_U in seeds.values()]) for cell, seeds in found.items()}
         for E in sorted({E for _, E in found}):
             print(f"{objective:10} {E:6g} " + "".join(in_words(worth[objective].get((N, E))) for N in sizes))
@@ -171,6 +184,20 @@ def fit_worth(rows, samples=500):
         total = torch.cat((error.sum(1, keepdim=True), error[:, drawn].sum(2)), dim=1)  # (R_D, 1 + samples)
         found[N] = R_D[total.argmin(0)].numpy()
     return found
+
+
+def worth_fits(logs):
+    """R_D* of each network of study.read's logs, with its 90 % interval: from all runs, and from texts that both have.
+
+    The second takes only the numbers of epochs and unique tokens that both objectives have for a network. Both are
+    {(objective, N): (R_D*, low, high)}.
+    """
+    measured = {objective: worth_measured(rows) for objective, rows in off_plateau(logs).items()}
+    common = common_texts(measured)
+    same = {objective: [row for row in rows if row["U"] in common.get((row["N"], row["E"]), ())]
+            for objective, rows in measured.items()}
+    return [{(objective, N): with_interval(R_D) for objective, rows in each.items()
+             for N, R_D in fit_worth(rows).items()} for each in (measured, same)]
 
 
 def in_words(values):

@@ -342,6 +342,17 @@ def test_the_table_of_crossings_shows_means_and_what_is_missing(capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[-9:] == words[-9:]  # each seed counts with its lowest run
 
 
+def test_both_objectives_are_compared_on_the_same_texts(capsys):
+    once = [{"N": 5, "U": U, "E": 1, "seed": 1, "loss": 8 - math.log2(U)} for U in (2, 4, 8, 16, 32)]
+    again = lambda U, E, worth: {"N": 5, "U": U, "E": E, "seed": 1, "loss": 8 - math.log2(U * worth)}  # noqa: E731
+    rows = {"ar": [*once, again(2, 4, 4), again(4, 4, 2)], "diffusion": [*once, again(4, 4, 4), again(2, 8, 8)]}
+    common = laws.common_texts({o: laws.worth_measured(each) for o, each in rows.items()})
+    assert common == {(5, 4): {4}}
+    worth = laws.worth_table(rows)
+    assert worth["ar"][5, 4] == pytest.approx(2) and worth["diffusion"][5, 4] == pytest.approx(4)
+    assert worth["diffusion"][5, 8] == pytest.approx(8)  # AR has no such run
+
+
 def test_the_crossings_of_one_text_in_words():
     nan, words = math.nan, laws.overtaken
     assert words({}) == "not measured"
