@@ -225,9 +225,7 @@ def prepare(dataset="sotu", inputs=(), tokenizer="bpe", vocab_size=512, max_toke
     ratio = splits["val"]["tokens"] / sum(len(text.decode()) for _, text in pieces["val"])
     if ratio > 1.1 and coder.kind != "char":
         print(f"A character takes {ratio:.1f} tokens: try --tokenizer=char or a larger --vocab_size")
-    whole = " --unique_tokens=0" if inputs or splits["train"]["tokens"] < 65_536 else ""
-    print(f"{folder} has a {coder.kind} vocabulary of {coder.vocab_size}. Next:\n"
-          f"  python train.py --data={shlex.quote(str(folder))} --objective=diffusion{whole}")
+    print(f"{folder} has a {coder.kind} vocabulary of {coder.vocab_size}.", next_step(folder, splits))
     return meta
 
 
@@ -235,9 +233,7 @@ def load(folder, sha256=None):
     """Open a folder as Data. Raises DataError unless it is as prepare() wrote it, and of that fingerprint."""
     folder, meta = Path(os.path.expanduser(folder)), {}
     if not os.path.exists(folder / "meta.json"):
-        known = ", ".join(sorted(meta.parent.as_posix() for meta in Path("data").glob("*/meta.json")))
-        raise DataError(f"{folder} is no folder that prepare.py made: there are {known or 'none yet'}. "
-                        "`python prepare.py --input=FILE` makes one of your text")
+        raise DataError(f"{folder} is no folder that prepare.py made: {what_instead(folder)}")
     try:
         meta = dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
         if (meta["format"], meta["version"]) != (FORMAT, VERSION):
@@ -404,6 +400,35 @@ def new_folder(folder):
             new.rename(folder)
     except (EOFError, OSError) as error:
         raise DataError(f"cannot make {folder} ({error}): try again, or choose another --out") from error
+
+
+def is_own(folder):
+    """Whether a folder holds a person's own text (--input): then train.py takes all of it by default."""
+    with contextlib.suppress(AttributeError, KeyError, OSError, TypeError, ValueError):  # load names faults
+        meta = json.loads(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))
+        return meta["dataset"].startswith("input-")
+    return False
+
+
+def next_step(folder, splits):
+    """The command to go on with, with the flags it takes where the defaults of train.py do not fit."""
+    U, *held_out = [part["tokens"] for part in splits.values()]
+    if U < 16 * 128 or min(held_out) < 128:  # of --preset=laptop
+        have = ", ".join(str(part["tokens"]) for part in splits.values())
+        return f"Too short to train on: {have} tokens, it takes 2,048 in train and 128 each in val and tune."
+    whole = " --unique_tokens=0" if U < 65_536 and not is_own(folder) else ""
+    small = " --preset=laptop" if U < 64 * 256 or min(held_out) < 256 else ""  # than --preset=gpu takes
+    return f"Next:\n  python train.py --data={shlex.quote(str(folder))} --objective=diffusion{whole}{small}"
+
+
+def what_instead(path):
+    """What to name instead of a path without a meta.json: the end of an error's message."""
+    if path.suffix == ".pt" or os.path.exists(path / "log.jsonl"):
+        return "it is of a run (--resume=RUN goes on with that); name the data that it was trained on"
+    if os.path.isfile(path) and not os.path.exists(path.with_name("meta.json")):
+        return f"if it is a text, run `python prepare.py --input={shlex.quote(str(path))}`"
+    known = ", ".join(sorted(meta.parent.as_posix() for meta in Path("data").glob("*/meta.json")))
+    return f"there are {known or 'none yet'}. `python prepare.py --input=FILE` makes one of your text"
 
 
 def main(argv=None):

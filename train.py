@@ -42,7 +42,7 @@ FLAGS = {
     # name: (type, laptop, gpu, what is allowed: the choices or the least value, help)
     "objective": (str, "diffusion", "diffusion", ("ar", "diffusion"), "to predict next or masked tokens"),
     "data": (str, "data/sotu-bpe512", "data/sotu-bpe4096", None, "folder that prepare.py made"),
-    "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens; 0: on all of them"),
+    "unique_tokens": (int, 65536, 0, 0, "U: train on the first U tokens; 0: on all, as for your own text"),
     "epochs": (float, 100.0, 200.0, 1e-6, "how often to go through the unique tokens"),
     "seed": (int, 1, 1, 0, "of the weights, the order of the data, the masks and dropout"),
     "n_layer": (int, 4, 12, 1, "transformer blocks"),
@@ -234,6 +234,8 @@ def make_config(preset=None, **given):
     if unknown := set(given) - set(FLAGS):
         raise UserError(f"unknown setting {min(unknown)!r}: see python train.py --help")
     config = {name: row[1 if preset == "laptop" else 2] for name, row in FLAGS.items()} | given
+    if "unique_tokens" not in given and prepare.is_own(config["data"]):
+        config["unique_tokens"] = 0
     for name, (kind, _, _, allowed, text) in FLAGS.items():
         value = config[name]
         if isinstance(allowed, tuple) and value not in allowed:

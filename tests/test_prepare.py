@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
+import train
 from prepare import DataError, Tokenizer, load
 
 ROOT = Path(__file__).parent.parent
@@ -545,14 +546,36 @@ def test_the_next_command_that_is_printed_works(tmp_path, text, flags, preset):
                          capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     command = run.stdout.strip().splitlines()[-1]
-    assert command.startswith("  python train.py --data=") and command.endswith(" --unique_tokens=0")
+    assert command.startswith("  python train.py --data=") and "--unique_tokens" not in command
     small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--device=cpu", "--epochs=0.01", "--eval_blocks=2",
              "--no-compile", "--dtype=float32", "--final_draws=2"]
+    assert "--preset" not in command or not preset
     run = subprocess.run([sys.executable, ROOT / "train.py", *shlex.split(command)[2:], *preset, *small],
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     tokens = json.loads(next(tmp_path.rglob("meta.json")).read_text())["splits"]["train"]["tokens"]
     assert f"{tokens:,} unique tokens of the {tokens:,} for training in " in run.stdout  # all of one's own text
+
+
+@pytest.mark.parametrize("flags, U", [({}, 0), ({"unique_tokens": 3000}, 3000)])
+def test_all_of_ones_own_text_is_taken_wherever_it_lies_and_a_part_of_the_default_corpus(tmp_path, flags, U):
+    (tmp_path / "my.txt").write_text("\n\n".join(corpus(80)))
+    prepare.prepare(inputs=[tmp_path / "my.txt"], tokenizer="char", out=tmp_path / "sotu-char")
+    config = {"preset": "laptop", "data": str(tmp_path / "sotu-char")}
+    assert train.make_config(**config, **flags)["unique_tokens"] == U
+    meta = (tmp_path / "sotu-char" / "meta.json").read_text()
+    (tmp_path / "sotu-char" / "meta.json").write_text(meta.replace("input-my", "sotu"))
+    assert train.make_config(**config, **flags)["unique_tokens"] == (U or 65_536)
+    assert train.make_config("laptop", data=str(tmp_path / "none"))["unique_tokens"] == 65_536
+
+
+def test_a_text_too_short_to_train_on_is_told_how_much_it_takes(tmp_path, capsys):
+    (tmp_path / "my.txt").write_text("\n\n".join(corpus(12)))
+    prepare.prepare(inputs=[tmp_path / "my.txt"], vocab_size=400, out=tmp_path / "x")
+    out = capsys.readouterr().out
+    tokens = [str(part["tokens"]) for part in load(tmp_path / "x").meta["splits"].values()]
+    assert f"Too short to train on: {', '.join(tokens)} tokens" in out and "2,048" in out and "128" in out
+    assert "train.py" not in out
 
 
 def test_the_default_corpus_has_the_plain_command(sotu, capsys, tmp_path):
@@ -883,15 +906,21 @@ def test_load_errors(tmp_path, files):
     assert load(folder).meta["splits"]["train"]["tokens"] == len(train) // 2
 
 
-def test_what_is_no_data_is_told_what_there_is(tmp_path, monkeypatch, capsys):
+def test_what_is_no_data_is_told_what_it_is(tmp_path, monkeypatch, capsys):
     """And not to run a command that makes another corpus under the name that was typed."""
     monkeypatch.chdir(tmp_path)
     Path("a b.txt").write_text("\n\n".join(corpus(100)))
+    Path("out/run").mkdir(parents=True)
+    Path("out/run/log.jsonl").write_text("{}")
+    Path("out/run/best.pt").write_bytes(b"")
     for name in ("nowhere", "data/sotu-bpe521", "data/sotu-bpe51", "data"):
         assert "there are none yet" in told(name) and "dataset" not in told(name)
     prepare.prepare(inputs=["a b.txt"], tokenizer="char")
-    for name in ("nowhere", "data/sotu-bpe521", "data/sotu-bep512", "data", "data/input-a b-char/val.bin", "a b.txt"):
+    for name in ("nowhere", "data/sotu-bpe521", "data/sotu-bep512", "data", "data/input-a b-char/val.bin"):
         assert "there are data/input-a b-char. `python prepare.py --input=FILE`" in told(name)
+    assert "run `python prepare.py --input='a b.txt'`" in told("a b.txt")
+    for name in ("out/run", "out/run/best.pt", "gone.pt"):
+        assert "it is of a run" in told(name) and "--resume" in told(name)
     Path("foreign").mkdir()
     Path("foreign/meta.json").write_text('{"format": "other"}')
     assert "meta.json" in told("foreign") or "version" in told("foreign")
