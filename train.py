@@ -351,7 +351,8 @@ class Run:
                 self.scored.load_state_dict(saved["average"])
             for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
                 for new, group in zip(optimizer.param_groups, values["param_groups"], strict=True):
-                    group |= {key: new[key] for key in ("adjust_lr_fn",) if key in new}  # once our own Muon's
+                    if "adjust_lr_fn" in new:  # None in a run that our own Muon of before began
+                        group["adjust_lr_fn"] = new["adjust_lr_fn"]
                 optimizer.load_state_dict(values)
         self.step, self.device = self.state["step"], model.embed.weight.device
         self.losses, self.norm = [], torch.tensor(0.0)  # since the last evaluation; of the last gradient
