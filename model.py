@@ -4,11 +4,11 @@ A block is T tokens x_1..x_T from a vocabulary of V. Each loss tells -log p of a
 
   ar         predict each token from those before it:
              loss = 1/T sum_i -log p(x_i | x_<i)                                  exact
-  diffusion  draw k from 1..T, mask k of the tokens, predict these from the rest:
+  diffusion  draw k uniformly from 1..T, mask k random tokens, predict these from the rest:
              loss = E_k E_mask 1/k sum_masked -log p(x_i | the unmasked)          an upper bound, the NELBO
 
-These are what evaluate reports. In training, a block with under two thirds of its tokens masked weighs less
-by default: see train.draw_mask.
+These are what evaluate reports. Training descends the bound with less weight on blocks of few masks, which
+is no bound but learns sooner: see train.draw_mask.
 
 The NELBO of arXiv 2507.15857, eq. 3, draws t from (0, 1), masks each token with probability t, and weighs the
 sum over the masked by 1/(t T). A given mask of k tokens has the chance t^k (1-t)^(T-k); times its weight, and
@@ -57,7 +57,7 @@ class GPTConfig:
     n_head: int = 2
     n_embd: int = 128  # C
     dropout: float = 0.0
-    rope_base: float = 20.0  # small, so that near positions differ: a masked token has no more to go by
+    rope_base: float = 20.0  # small, so that near positions differ: a masked token knows only its own
 
     def __post_init__(self):
         if self.objective not in ("ar", "diffusion"):
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, at=None):
         x = x + self.drop(self.attn(self.norm1(x), cos, sin, cache))
-        if at is not None:  # [DIFFUSION] last block: attention needs all tokens, the rest only those scored
+        if at is not None:  # [DIFFUSION] last block: attention read all tokens, from here on those scored do
             x = x.flatten(0, 1)[at]  # (B, T, C) -> (M, C)
         return x + self.drop(self.mlp(self.norm2(x)))
 
@@ -157,7 +157,7 @@ class GPT(nn.Module):
 
         x: (B, T) token ids in 0..V-1, to predict. read: (B, T) what the network reads: x, or a copy with
         some tokens replaced (train.py's --replace). mask (diffusion): (B, T) bool. at: (M,) where the
-        flattened mask is True, the positions to score; a GPU would stall to find them, so the caller may.
+        flattened mask is True, the positions to score; left out, they are found here, and a GPU stalls.
         """
         read = x if read is None else read
         if self.config.objective == "ar":  # [AR]
@@ -288,11 +288,12 @@ def evaluate(model, blocks, draws=2, seed=0, batch_size=32):
         return block_losses(model, blocks, None, batch_size).mean().item(), 0.0  # [AR]
     if draws < 2:
         raise ValueError(f"{draws} mask draws: a diffusion bound needs at least 2 to know its own error")
-    (N, T), generator = blocks.shape, torch.Generator().manual_seed(seed)
+    N, T = blocks.shape
+    generator = torch.Generator().manual_seed(seed)
     masks = [mask_k(uniform_k(N, T, generator), T, generator) for _ in range(draws)]  # [DIFFUSION]
     k = torch.stack([mask.sum(1) for mask in masks], dim=1)  # (N, draws)
-    expected = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) spread evenly over 1..T, in ascending order
-    far = (k.sort(0).values - expected[:, None]).abs().max() > 2 * T / N + 1  # two parts, and rounding
+    expected = (torch.arange(N) + 0.5) / N * T + 0.5  # (N,) ascending, and exactly even over 1..T
+    far = (k.sort(0).values - expected[:, None]).abs().max() > 2 * T / N + 1  # uniform_k: a part is T/N wide
     pairs = k[:N // 2 * 2].view(N // 2, 2, draws).sum(1)  # of k and T+1-k
     if far or (pairs != T + 1).any() or k.min() < 1:
         raise ValueError("evaluate got masks whose k is not uniform on 1..T, and val_loss would be no bound: "
@@ -405,9 +406,8 @@ def join_processes(device, batch_size):
     """Join the others under torchrun: (rank, world). Raises UserError if they can not share a batch."""
     rank, world = processes()
     if batch_size % (2 * world):
-        raise UserError(f"--batch_size={batch_size}: masks are drawn in pairs, so {world} processes need a "
-                        f"multiple of {2 * world}" if world > 1 else
-                        f"--batch_size={batch_size}: masks are drawn in pairs, so it must be even")
+        raise UserError(f"--batch_size={batch_size}: masks are drawn in pairs, so it must be a "
+                        f"multiple of {2 * world} (processes: {world})")
     if world > 1 and not dist.is_initialized():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         on_gpu = gpus > 0 and device in ("auto", "cuda")

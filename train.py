@@ -56,7 +56,7 @@ FLAGS = {
     "weight_decay": (float, 0.5, 0.5, 0, "decoupled, on the matrices and the embedding"),
     "dropout": (float, 0.0, 0.0, 0, "on the embedding, the attention and both branches of every block"),
     "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
-    "mask_weight": (float, 1.5, 1.5, 0, "a masked token weighs min(1/t, this) in training; 0: just 1/t"),
+    "mask_weight": (float, 1.5, 1.5, 0, "a masked token weighs min(1/t, this) in training; 0: 1/t (bound)"),
     "ema": (float, 0.2, 0.2, 0, "share of the steps so far that the EMA spans, at most 0.8; 0: no EMA"),
     "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, ..."),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all"),
@@ -104,14 +104,14 @@ def draw_mask(B, T, generator, mask_weight=0.0):  # [DIFFUSION]
     the gradient noisy. If it weighs min(1/t, mask_weight), this is no bound, and the network learns sooner.
     k with another probability P(k) and weight 1 / (T P(k)) would be the bound again.
     Whatever stands here, evaluate draws its own masks. The train_loss of the log is the mean without weights:
-    an estimate of the bound as long as k is uniform.
+    an estimate of the bound while k is uniform on 1..T (a block in which nothing is masked would count 0).
     """
     k = uniform_k(B, T, generator)
     return mask_k(k, T, generator), clipped(k, T, mask_weight)
 
 
 def clipped(k, T, mask_weight):  # [DIFFUSION]
-    """The weights (B,) of blocks with k (B,) masked tokens: min(1/t, mask_weight) / (1/t); 1 if that is 0."""
+    """The weights (B,) of blocks with k (B,) masked tokens: min(1, mask_weight t), t = k/T; 1 without it."""
     return (mask_weight * k / T).clamp(max=1) if mask_weight else torch.ones(len(k))
 
 
@@ -128,7 +128,7 @@ def get_batch(config, tokens, step, rows=slice(None)):
         inputs["read"] = replace_tokens(config, x, step, rows)
     if config["objective"] == "diffusion":  # [DIFFUSION] all of this
         generator = torch.Generator().manual_seed(derive(seed, "mask", step))
-        mask, weight = draw_mask(B, T, generator, config["mask_weight"])  # [DIFFUSION]
+        mask, weight = draw_mask(B, T, generator, config["mask_weight"])
         if weight.shape != (B,):
             raise ValueError(f"draw_mask gave a weight of shape {tuple(weight.shape)}, it takes ({B},)")
         at = mask[rows].flatten().nonzero().squeeze(1)  # (M,), on the CPU: a GPU would stall
@@ -187,7 +187,7 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     data, tokens, blocks = prepare.open_data(config)  # training tokens (U,), held-out blocks (N, T)
     torch.manual_seed(derive(config["seed"], "weights"))
     model = make_model(config | {"vocab_size": data.tokenizer.vocab_size})
-    if saved is None:
+    if saved is None:  # else the config has what describe adds: the number of steps, the vocabulary, ...
         sample.take_weights(model, config["init"], data.tokenizer)
         config = describe(config, data, tokens, blocks, model, dtype, get_batch)
     model, tokens = model.to(device), tokens.to(device)
@@ -196,18 +196,19 @@ def train(config, saved=None, stop=lambda: False, get_batch=get_batch):
     due = evaluation_steps(config)
 
     with Run(config, saved, model, optimizers, data.tokenizer, blocks, device_line) as run:
-        network = run.ready(get_batch(config, tokens, 0, rows)[0], dtype)  # the model, perhaps compiled
+        network = run.ready(get_batch(config, tokens, 0, rows)[0], dtype)  # the model, compiled if asked for
         for step in range(run.step, config["steps"]):
             inputs, weight = get_batch(config, tokens, step, rows)
-            torch.manual_seed(derive(config["seed"], "dropout", step, rank))
+            torch.manual_seed(derive(config["seed"], "dropout", step, rank))  # a resumed run drops the same
             with precision(device, dtype):
                 loss = network(**inputs)  # (B,) of each block, in nats per token
             (weight * loss).mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             descend(optimizers, learning_rate(step, config["steps"], config["lr"]))
-            if config["ema"]:  # what is evaluated averages over about this share of the steps so far
+            if config["ema"]:  # run.scored, the copy that is evaluated: a mean over some ema * step steps
                 update_average(run.scored, model, 1 / (1 + config["ema"] * step))
-            run.finish_step(loss.detach().mean(), norm)  # run.step is step + 1 now
+
+            run.finish_step(loss.detach().mean(), norm)  # the rest is bookkeeping; run.step is step + 1 now
             if run.step in due:
                 run.evaluate()  # and log
             ending = run.agree(stop())  # all processes end together
@@ -430,14 +431,14 @@ class Run:
         self.bar.update(self.per_step)
         if time.perf_counter() > self.settle_at:
             self.settle()
-        self.looking = self.device.type == "cpu" or self.step % 50 == 0  # to read a number stalls a GPU
-        if self.looking:
+        self.reading = self.device.type == "cpu" or self.step % 50 == 0  # to read a number stalls a GPU
+        if self.reading:
             self.demand_finite(loss=loss.item(), gradient_norm=norm.item())
             self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
     def gather(self):
         """Add the losses since the last time to the state, on the CPU in float64."""
-        for loss in torch.stack(self.losses).tolist() if self.losses else []:
+        for loss in torch.stack(self.losses).tolist() if self.losses else []:  # one by one: the same sum
             self.state["loss_sum"] += loss
         self.state["loss_steps"] += len(self.losses)
         self.losses.clear()
@@ -481,7 +482,7 @@ class Run:
         """Whether to end, the same for all processes: they have to leave the loop after the same step."""
         if self.world == 1:
             return bool(ending)
-        if not self.looking:
+        if not self.reading:  # they ask each other only where numbers are read anyway
             return False
         ending = torch.tensor(int(bool(ending)), device=self.device)
         dist.all_reduce(ending, dist.ReduceOp.MAX)
