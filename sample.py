@@ -237,7 +237,7 @@ def crossings(ar, diffusion):
 
 
 def verdict(ar, diffusion):
-    """Both crossings in two lines."""
+    """Both crossings in two lines, and a third where the networks differ in size."""
     def at(flops):
         return f" at {flops:.2g} FLOPs, epoch {flops * end['epoch'] / end['flops']:.3g}" if flops else ""
 
@@ -258,7 +258,9 @@ def verdict(ar, diffusion):
         second = f"is overtaken{at(of_best)}: {bound} is {-gap:.3f} under it"
     elif gap <= 2 * error:
         second = f"is reached, not overtaken: {bound} is within its error"
-    return f"{first}\nAR's best, {best:.3f}, {second}"
+    sizes = [log[0]["config"]["parameters"] for log in (ar, diffusion)]
+    third = "" if sizes[0] == sizes[1] else "\nTheir networks differ: {:,} and {:,} parameters".format(*sizes)
+    return f"{first}\nAR's best, {best:.3f}, {second}{third}"
 
 
 def draw_losses(ax, *logs):

@@ -111,7 +111,7 @@ def log_of(objective, losses, /, rate=10.0, **config):
     best = {"best_loss": min(losses), "best_stderr": 0.001, "final_loss": losses[-1], "best_bpb": 1.0, "final_bpb": 1.0,
             "final_stderr": 0.0}
     settings = {"objective": objective, "data_sha256": "x", "unique_tokens": 8, "block_size": 4, "split": "val",
-                "eval_tokens": 64, "dropout": 0.0, "replace": 0.0, "weight_decay": 0.1}
+                "eval_tokens": 64, "dropout": 0.0, "replace": 0.0, "weight_decay": 0.1, "parameters": 9}
     return [{"config": settings | config}, *rows[:-1], rows[-1] | best]
 
 
@@ -151,6 +151,8 @@ def test_what_did_not_happen_is_said_with_the_sign_of_the_bound():
     assert sample.show(record, {"objective": "diffusion", "split": "tune"}).startswith("tune <= 2.000 ± 0.100")
     later = sample.verdict(log_of("ar", [4, 3], rate=1.0), log_of("diffusion", [6, 5]))
     assert later.startswith("Diffusion and AR have no compute in common")
+    larger = sample.verdict(ar, log_of("diffusion", [6, 5, 4], parameters=1000)).splitlines()
+    assert larger[2:] == ["Their networks differ: 9 and 1,000 parameters"]
 
 
 def test_seeds_share_a_label_and_regularised_runs_are_dashed():
