@@ -316,11 +316,12 @@ def find_files(inputs):
         names = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         names = [name for name in names if os.path.isfile(name)]  # ** gives folders, too
         if os.path.isdir(path):
-            names = [name for name in sorted(glob.glob(glob.escape(path) + "/*")) if name.endswith(ends)]
+            inside = sorted(glob.glob(glob.escape(path) + "/**", recursive=True))
+            names = [name for name in inside if os.path.isfile(name) and name.lower().endswith(ends)]
         if not names:
             raise DataError(f"--input={given}: no such file, or a folder without any of {', '.join(ends)}")
         found += names
-    return list(dict.fromkeys(found))
+    return list({os.path.realpath(name): name for name in found}.values())
 
 
 def read_files(paths):
@@ -333,6 +334,8 @@ def read_files(paths):
             if b"\0" in text[:2] or text[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-8 takes NULs
                 raise UnicodeError("it begins as UTF-16 does")
             text.decode()
+            if text[257:262] == b"ustar":
+                raise ValueError("a tar archive: unpack it, then give the folder")
             text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             documents = [] if lines else [text]
             for number, line in enumerate(text.split(b"\n") if lines else [], 1):
@@ -341,8 +344,10 @@ def read_files(paths):
                     documents.append(json.loads(line)["text"].encode(errors="replace"))
         except UnicodeError as error:
             name = "CP1252" if isinstance(error, UnicodeDecodeError) else "UTF-16"
+            show = "gunzip -c" if path.endswith(".gz") else "cat"
             raise DataError(f"{path} is no UTF-8 text ({error}). Unless it is damaged, it is likely {name}: "
-                            f"iconv -f {name} -t UTF-8 {shlex.quote(path)} > utf8.txt") from error
+                            f"{show} {shlex.quote(path)} | iconv -f {name} -t UTF-8 > utf8"
+                            f"{'.jsonl' if lines else '.txt'}") from error
         except (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, zlib.error) as error:
             raise DataError(f"cannot read {where} ({type(error).__name__}: {error})") from error
         for document in documents:
@@ -452,4 +457,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # where it can not encode a file's name
     sys.exit(main())

@@ -84,7 +84,8 @@ def unmask(model, x, steps=0, order="random", temperature=1.0, generator=None, *
         chosen = masked  # where tokens are drawn: by confidence everywhere, and then some of them are kept
         quota = -(-masked.sum(1, keepdim=True) // left)  # (B, 1), rounded up: the last step leaves no mask
         if order == "random":
-            noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
+            shape = x.shape if temperature else (1, L)  # all rows alike at 0
+            noise = torch.rand(shape, generator=generator, device=x.device, dtype=torch.float64).expand_as(x)
             chosen = masked & (noise < 1 / left) if fewer else lowest(noise, masked, quota)
         elif order == "left":
             chosen = lowest(torch.arange(L, device=x.device).expand_as(x).double(), masked, quota)
@@ -195,7 +196,7 @@ def take_weights(model, run, tokenizer):
     saved = load_checkpoint(find_checkpoint(run, None))
     if saved["tokenizer"] != tokenizer.spec:
         raise UserError(f"--init={run}: it has another tokenizer; prepare your text with its own, by "
-                        f"python prepare.py --tokenizer={saved['config']['data']} --input FILE")
+                        f"python prepare.py --tokenizer={shlex.quote(saved['config']['data'])} --input FILE")
     try:
         model.load_state_dict(saved.get("average", saved["model"]))
     except RuntimeError:
@@ -365,7 +366,7 @@ NUMBERS = {  # flag: (type, default, least, greatest, help)
     "temperature": (float, 1.0, 0, 1e9, "1: as learned, lower: safer, 0: the likeliest, whatever the seed"),
     "top_k": (int, 0, 0, 2**31, "choose among the k likeliest tokens only (0: all)"),
     "top_p": (float, 1.0, 1e-9, 1, "choose among the fewest tokens that have this probability together [1]"),
-    "steps": (int, 0, 0, 10**6, "diffusion: forward passes for every T tokens (0: one a token, exact)"),
+    "steps": (int, 0, 0, 10**6, "diffusion: forward passes for T tokens and each T/2 more (0: one a token)"),
     "seed": (int, 1, 0, 2**62, "the same seed gives the same text [1]")}
 
 

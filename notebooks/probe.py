@@ -52,7 +52,7 @@ def open_checkpoint(run, checkpoint="best", **other):
     context() to score in. other: settings in place of the run's own, such as split, device and data (the folder
     where its data lie now); None: its own. Raises UserError or DataError, also if that is other data.
     """
-    saved = load_checkpoint(Path(run) / f"{checkpoint}.pt")
+    saved = load_checkpoint(run if Path(run).suffix == ".pt" else Path(run) / f"{checkpoint}.pt")
     config = train.as_of_now(saved["config"]) | {name: value for name, value in other.items() if value is not None}
     device, dtype, _ = choose_device(config["device"], config["dtype"])
     data, tokens, blocks = open_data(config)
@@ -163,7 +163,7 @@ def questions(data, split, T, count=512, seed=0):
     begins = [begins[document == d] for d in np.unique(document)]  # of each document that has any
     if len(begins) < 4 or not answer:
         raise UserError(f"the held-out split {split!r} has too few documents for questions of {T} tokens: "
-                        "it takes 4")
+                        "it takes 4 (--only=loss and --only=memorised do without)")
     rng, asked = np.random.default_rng(seed), []
     for _ in range(count):
         four = [rng.choice(begins[d]) for d in rng.choice(len(begins), 4, replace=False)]

@@ -184,6 +184,7 @@ def main(argv=None):
         for row in measure_remasking(models, training, gaps(data, c["split"], T), args.count, args.seed):
             print(json.dumps(row | {"command": command}), flush=True)
         return 0
+    args.json.parent.mkdir(parents=True, exist_ok=True)
     rows = measure(models, training, held_out, args.count, args.seed)
     told = ("command", "seed", "objective", "parameters", "block_size", "unique_tokens", "epochs", "split")
     runs = {name: {"step": saved[name]["state"]["step"]} | {key: config[key] for key in told}

@@ -409,7 +409,8 @@ def print_tasks(argv=None):
         T, U = opened.config["block_size"], len(opened.tokens)
         text = opened.config["data_sha256"], T
         if text not in made:
-            made[text] = [function(opened.data, "val", T, args.items) for function in (make, gaps)]
+            made[text] = [function(opened.data, "val", T, args.items) if {*needed} & {*only} else {}
+                          for function, needed in ((make, ["choices"]), (gaps, ["gap", "nats"]))]
         first = [] if (text, U) in counted or args.ensemble else without_network(opened, *made[text], only)
         counted.add((text, U))
         about = {"data": Path(opened.config["data"]).name, "unique_tokens": U, "command": command}

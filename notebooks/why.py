@@ -104,7 +104,10 @@ def masks(M):
             drawn[epoch] = mask_k(uniform_k(n, T, generator), T, generator)  # (n, T)
         mask = torch.stack([drawn[i // n % (M or sys.maxsize)][b] for i, b in zip(places, block, strict=True)])
         weight = train.clipped(mask.sum(1), T, config["mask_weight"])
-        return {"x": x, "mask": mask.to(x.device)}, weight.to(x.device)
+        given = {"x": x, "mask": mask.to(x.device)}
+        if config["replace"]:
+            given["read"] = train.replace_tokens(config, x, step, rows)
+        return given, weight.to(x.device)
     batch.__name__ = f"masks({M})"
     return batch
 

@@ -390,6 +390,14 @@ def test_a_power_law_is_recovered_with_its_interval():
         laws.critical_laws({U: points[U] for U in (512, 1024, 16384)})
 
 
+def test_the_bootstrap_varies_as_much_as_seeds_do():
+    rng, U = np.random.default_rng(2), (512, 1024, 2048, 4096, 8192, 16384)
+    points = {u: np.exp(rng.standard_normal(3)) for u in U}
+    x = np.log(U) - np.log(U).mean()
+    expected = (x / (x @ x)) ** 2 @ [np.var(np.log(C), ddof=1) / 3 for C in points.values()]  # b is linear in the means
+    assert laws.critical_laws(points)[0][1:].var() == pytest.approx(expected, rel=0.1)
+
+
 def test_exponents_between_neighbours():
     points = {100: [1e9, 4e9], 200: [math.nan, 8e9], 300: [math.nan] * 2, 800: [8e9, 8e9]}
     assert laws.exponents_between(points) == pytest.approx({(100, 200): 2, (200, 800): 0})

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tarfile
 import sys
 import threading
 import time
@@ -600,6 +601,10 @@ def test_folders_patterns_and_the_home_directory(tmp_path, monkeypatch, capsys, 
     shutil.copytree("texts", "deep/er", ignore=lambda *_: ["image.png"])
     assert prepare.main(["--input=deep/**", "--tokenizer=char", "--out=deep-char"]) == 0  # it finds a folder, too
     assert load("deep-char").meta["splits"] == expected["splits"]
+    first = next(Path("deep/er").glob("*.txt"))
+    first.rename(first.with_suffix(".TXT"))
+    assert prepare.main(["--input", "deep", "./deep", "--tokenizer=char", "--out=deeper"]) == 0  # each file once
+    assert load("deeper").meta["splits"] == expected["splits"]
     Path("none").mkdir()
     Path("none/image.png").write_bytes(b"\x89PNG")
     for name in ("none", "~/none", "nothing*.txt", "nowhere.txt", "~nobody/x.txt", ""):
@@ -638,13 +643,26 @@ def test_text_in_another_encoding_is_told_the_command_that_converts_it(tmp_path,
     text = "A naïve café – “quoted” €\n\n" + "\n\n".join(corpus(60))
     (tmp_path / "my text.txt").write_bytes(text.encode(encoding))
     told = fails(capsys, tmp_path, "--input", tmp_path / "my text.txt", f"--out={tmp_path / 'x'}")
-    command = told.strip()[told.index("iconv"):]
-    assert f"likely {name}: iconv -f {name} -t UTF-8 " in told
+    _, command = told.strip().split(f"likely {name}: ")
+    assert f"iconv -f {name} -t UTF-8 " in command
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     assert (tmp_path / "utf8.txt").read_text(encoding="utf-8") == text
+    lines = "".join(json.dumps({"text": each}, ensure_ascii=False) + "\n" for each in text.split("\n\n"))
+    (tmp_path / "my lines.jsonl.gz").write_bytes(gzip.compress(lines.encode(encoding)))
+    told = fails(capsys, tmp_path, "--input", tmp_path / "my lines.jsonl.gz", f"--out={tmp_path / 'x'}")
+    subprocess.run(["bash", "-c", told.strip().split(f"likely {name}: ")[1]], cwd=tmp_path, check=True)
+    assert (tmp_path / "utf8.jsonl").read_text(encoding="utf-8") == lines
     (tmp_path / "cut.txt").write_bytes(text.encode()[:5])  # within a character
     told = fails(capsys, tmp_path, "--input", tmp_path / "cut.txt", f"--out={tmp_path / 'x'}")
     assert "unexpected end of data" in told and "Unless it is damaged" in told
+
+
+def test_an_archive_is_no_text(tmp_path, capsys):
+    (tmp_path / "my.txt").write_text("\n\n".join(corpus(60)))
+    with tarfile.open(tmp_path / "my.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "my.txt", "my.txt")
+    told = fails(capsys, tmp_path, "--input", tmp_path / "my.tar.gz", f"--out={tmp_path / 'x'}")
+    assert "a tar archive: unpack it" in told
 
 
 def test_characters_that_are_left_out_take_one_line(tmp_path, capsys):

@@ -306,6 +306,8 @@ def test_temperature_0_does_not_depend_on_the_seed(sampler):
     cold = [write(sampler, model, 50, temperature=0, generator=generator(seed)) for seed in (1, 2)]
     warm = [write(sampler, model, 50, generator=generator(seed)) for seed in (1, 2, 1)]
     assert torch.equal(*cold) and torch.equal(warm[0], warm[2]) and not torch.equal(warm[0], warm[1])
+    alone = write(sampler, model, 1, temperature=0, generator=generator())
+    assert torch.equal(cold[0], alone.expand(50, -1))  # nor on how many are written
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -389,6 +389,11 @@ def test_a_part_alone_is_no_more(folder, capsys, only, told):
     assert [row["task"].removesuffix(", held out") for row in found] == told
 
 
+def test_a_text_without_a_task_serves_for_the_others(folder, capsys, monkeypatch):
+    monkeypatch.setattr(tasks, "make", None)  # which would say that the text has none
+    assert lines(capsys, folder / "diffusion-s1", "--items=20", "--checkpoint=last", "--only=completed")
+
+
 def test_an_ensemble_makes_its_choices_by_the_mean_probability(folder, data, capsys):
     runs = [folder / "diffusion-s1"] * 2
     alone, twice = lines(capsys, runs[0], "--items=20", "--only=choices", "--checkpoint=best"), lines(

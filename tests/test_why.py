@@ -85,6 +85,8 @@ def test_a_block_comes_back_with_its_mask_after_m_epochs_and_never_with_fresh_ma
         assert epoch(M, 0) == epoch(M, M) and (M == 1 or epoch(M, 0) != epoch(M, 1))
     assert set(epoch(0, 0)) == set(epoch(0, 1)) and all(epoch(0, 0) != epoch(0, step) for step in range(1, 5))
     assert all(any(mask) for mask in epoch(0, 0).values())
+    noisy, _ = why.masks(3)(config | {"replace": 0.5}, TOKENS, 0)  # --replace serves here, too
+    assert 0.3 < (noisy["read"] != noisy["x"]).float().mean() < 0.7
 
 
 def test_a_run_goes_on_with_its_own_batches_only(tmp_path):
