@@ -154,10 +154,10 @@ def header(c):
     millions, share = c["parameters"] / 1e6, c["flops"] / c["critical_flops"]
     there = f"the {c['train_tokens']:,} for training in " if "train_tokens" in c else ""  # unknown if old
     loss = "-log p" if c["objective"] == "ar" else "the bound"
-    if c["objective"] == "diffusion" and c.get("mask_weight"):
-        loss += f", masked tokens weigh min(1/t, {c['mask_weight']:g})"
-    if c.get("batch", "get_batch") != "get_batch":  # another script's: notebooks/why.py
+    if c.get("batch", "get_batch") != "get_batch":  # another script's, notebooks/why.py, and its weights
         loss += f", with the batches {c['batch']}"
+    elif c["objective"] == "diffusion" and c.get("mask_weight"):
+        loss += f", masked tokens weigh min(1/t, {c['mask_weight']:g})"
     here = c.get("critical_measured")  # of characters alone
     ours = f"{here[0]:.1e} to {here[1]:.1e}" if here else "not for this text"
     return (f"{c['objective']}, {millions:.2f}M parameters, {c['preset']} preset, seed {c['seed']}, "
@@ -197,11 +197,11 @@ def take_weights(model, run, tokenizer):
     if saved["tokenizer"] != tokenizer.spec:
         raise UserError(f"--init={run}: it has another tokenizer; prepare your text with its own, by "
                         f"python prepare.py --tokenizer={shlex.quote(saved['config']['data'])} --input FILE")
-    try:
-        model.load_state_dict(saved.get("average", saved["model"]))
-    except RuntimeError:
-        shape = " ".join(f"--{name}={saved['config'][name]}" for name in ("n_layer", "n_head", "n_embd"))
-        raise UserError(f"--init={run}: its network has another shape, {shape}") from None
+    shape = {name: saved["config"][name] for name in ("n_layer", "n_head", "n_embd", "rope_base")}
+    if any(getattr(model.config, name) != value for name, value in shape.items()):  # some have no weights
+        flags = " ".join(f"--{name}={value}" for name, value in shape.items())
+        raise UserError(f"--init={run}: its network has another shape, {flags}")
+    model.load_state_dict(saved.get("average", saved["model"]))
 
 
 def curve(log, key="val_loss", x="epoch"):
@@ -229,10 +229,12 @@ def crossing(ar, diffusion):
 def crossings(ar, diffusion):
     """Where diffusion overtakes AR, in FLOPs or None: (at equal compute, AR's best: its lowest loss ever).
 
-    The second counts if diffusion's best bound is under it by more than twice its error.
+    The second counts if diffusion's best bound is under it by more than twice its error. All evaluations have
+    the same few mask draws and err alike, so its curve is moved by what more draws have changed at its best.
     """
     curves, lowest = (curve(ar, x="flops"), curve(diffusion, x="flops")), best_of(ar)["val_loss"]
-    of_best = crossing([(1, lowest), (curves[1][-1, 0], lowest)], curves[1])
+    bound = curves[1] + [0, diffusion[-1]["best_loss"] - best_of(diffusion)["val_loss"]]
+    of_best = crossing([(1, lowest), (bound[-1, 0], lowest)], bound)
     under = diffusion[-1]["best_loss"] + 2 * diffusion[-1]["best_stderr"] < ar[-1]["best_loss"]
     return crossing(*curves), of_best if under else None
 
@@ -414,7 +416,7 @@ def find_checkpoint(run, name):
             print(f"no run under out/ yet, so a pre-trained one writes: {path}", file=sys.stderr)
         return path
     if path.name == "best.pt" and path.with_name("last.pt").exists():
-        raise UserError(f"{path.parent} has not been evaluated yet: train on, or take --checkpoint=last")
+        raise UserError(f"{path.parent} has not been evaluated yet: train on, or take {path.parent}/last.pt")
     there = {str(file.parent) for place in (path.parent.parent, Path("out")) for file in place.glob("*/*.pt")}
     found = ", ".join(sorted(there)[:9]) or "no run under out/, train one with python train.py"
     raise UserError(f"{path}: no such checkpoint; found {found}")

@@ -36,7 +36,7 @@ from model import UserError, choose_device, evaluate, join_processes, load_check
 from model import make_optimizers, mask_k, model_from_checkpoint, precision, processes, save_checkpoint
 from model import settle_threads, uniform_k, write_atomic
 
-SAVE_SECONDS = 600  # the longest a single process goes without saving
+SAVE_SECONDS = 600  # the longest a run goes without saving
 SETTLE_SECONDS = 20  # until it looks again how many threads of the CPU are the fastest
 FLAGS = {
     # name: (type, laptop, gpu, what is allowed: the choices or the least value, help)
@@ -276,8 +276,8 @@ def measured_critical(U):
 
     By the power law of notebook 03, networks of 0.17M parameters; single seeds lie between. None elsewhere.
     """
-    law = 4.6e11 * (U / 4096) ** 1.21
-    return [0.68 * law, 1.4 * law] if 512 <= U <= 16_384 else None
+    law = 4.6e11 * (U / 4096) ** 1.18
+    return [0.7 * law, 1.4 * law] if 512 <= U <= 16_384 else None
 
 
 def evaluation_steps(config):
@@ -296,10 +296,14 @@ def reopen(run, given, get_batch=get_batch):
     """The config and the checkpoint to resume a run with. Raises UserError if a flag contradicts the run."""
     if not run:
         raise UserError("--resume names no run: is a variable empty?")
+    run = Path(run).parent if str(run).endswith("last.pt") else run
     saved = load_checkpoint(Path(run) / "last.pt")
     config = as_of_now(saved["config"])
     if "optimizers" not in saved:
         raise UserError(f"{run}/last.pt has no optimizer state to go on from: is it a copy of best.pt?")
+    if saved.get("records") and not (Path(run) / "best.pt").is_file():
+        raise UserError(f"{run} has no best.pt, which is scored at its end: copy it beside last.pt, too, "
+                        f"or begin a new run with these weights by --init={run}/last.pt")
     if "records" not in saved:
         raise UserError(f"{run} is of an older version: begin a new run with its weights by --init={run}")
     if config["batch"] != get_batch.__name__:
@@ -489,7 +493,7 @@ class Run:
         return bool(ending)
 
     def unsaved_for_long(self):
-        return self.world == 1 and time.perf_counter() - self.saved_at > SAVE_SECONDS
+        return not self.rank and time.perf_counter() - self.saved_at > SAVE_SECONDS
 
     def save(self, name="last.pt"):
         """Write a checkpoint, and the log with it (rank 0)."""
@@ -560,8 +564,10 @@ def noted_signals():
     noted, before = [], {}
 
     def note(number, _):
+        """A second one does not end a process of torchrun's, which passes on what the system sent to all."""
         noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if processes()[1] == 1:
+            signal.signal(number, signal.SIG_DFL)
 
     if threading.current_thread() is threading.main_thread():  # Python allows no other to do this
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -576,6 +582,7 @@ def noted_signals():
 
 def main(argv=None, get_batch=get_batch):
     """The command line. Returns its exit code: 0; 2 after an error that a person can mend; 128 + a signal."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None where it is closed
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that has no ± gets a question mark

@@ -922,6 +922,8 @@ def test_load_errors(tmp_path, files):
         load(folder)
     (folder / "train.bin").write_bytes(train)
     assert load(folder).meta["splits"]["train"]["tokens"] == len(train) // 2
+    with pytest.raises(DataError, match="of this run lie elsewhere now, name their folder by --data"):
+        load(tmp_path / "none", sha256="0")
 
 
 def test_what_is_no_data_is_told_what_it_is(tmp_path, monkeypatch, capsys):

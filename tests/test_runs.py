@@ -84,6 +84,9 @@ def test_init_refuses_another_shape_another_tokenizer_and_what_is_no_run(corpus,
     run(corpus, tmp_path / "run")
     with pytest.raises(UserError, match="another shape, --n_layer=1 --n_head=2 --n_embd=32"):
         run(corpus, tmp_path / "new", init=str(tmp_path / "run"), n_embd=64)
+    for other in ({"n_head": 1}, {"rope_base": 1e4}):  # these have no weights
+        with pytest.raises(UserError, match="another shape, .* --rope_base=20.0"):
+            run(corpus, tmp_path / "new", init=str(tmp_path / "run"), **other)
     write(tmp_path / "other.txt", "another ", "alphabet ", "xyz!\n\n")
     prepare.prepare(inputs=[tmp_path / "other.txt"], tokenizer="char", out=tmp_path / "other")
     with pytest.raises(UserError, match=f"python prepare.py --tokenizer={corpus} --input FILE"):
@@ -131,6 +134,14 @@ def test_both_crossings_are_found_told_and_drawn(tmp_path):
     assert max(map(len, ax.get_title(loc="left").split("\n"))) <= 90  # it fits the figure
     drawn = {line.get_color() for line in ax.lines} - {"black"}
     assert drawn == set(sample.COLOURS.values())
+
+
+def test_the_crossing_of_ars_best_is_where_more_mask_draws_see_it():
+    ar, diffusion = log_of("ar", [4, 3, 5, 7]), log_of("diffusion", [6, 5, 4, 3.5, 2.5, 2])
+    exact = sample.crossings(ar, diffusion)[1]
+    for off in (-0.1, 0.1):  # few draws, alike in all evaluations, flatter or harm them all
+        flattered = [diffusion[0], *[record | {"val_loss": record["val_loss"] + off} for record in diffusion[1:]]]
+        assert sample.crossings(ar, flattered)[1] == pytest.approx(exact)
 
 
 def test_what_did_not_happen_is_said_with_the_sign_of_the_bound():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -329,9 +330,22 @@ def test_a_log_that_was_lost_is_written_again_and_an_empty_resume_is_refused(cor
     log = tmp_path / "out" / "run" / "log.jsonl"
     before = log.read_bytes()
     log.unlink()
-    command("train.py", "--resume=out/run", cwd=tmp_path)
+    command("train.py", "--resume=out/run/last.pt", cwd=tmp_path)
     assert log.read_bytes() == before
+    (tmp_path / "out" / "run" / "best.pt").unlink()
+    refused = command("train.py", "--resume=out/run", cwd=tmp_path, code=2)
+    assert "has no best.pt, which is scored at its end" in refused and "--init=out/run/last.pt" in refused
     assert "--resume names no run" in command("train.py", *settings, "--resume=", cwd=tmp_path, code=2)
+
+
+def test_several_processes_save_now_and_then_and_a_second_signal_does_not_end_them(monkeypatch):
+    long_ago = {"world": 2, "saved_at": -1e9}  # torchrun passes on what the system has sent to all
+    assert [train.Run.unsaved_for_long(SimpleNamespace(rank=rank, **long_ago)) for rank in (0, 1)] == [True, False]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with train.noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted == [signal.SIGTERM] * 2
 
 
 def test_a_batch_that_can_not_be_shared_is_refused(corpus, tmp_path):
