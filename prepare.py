@@ -233,7 +233,7 @@ def load(folder, sha256=None):
     """Open a folder as Data. Raises DataError unless it is as prepare() wrote it, and of that fingerprint."""
     folder, meta = Path(os.path.expanduser(folder)), {}
     if not os.path.exists(folder / "meta.json"):
-        moved = "if the data of this run lie elsewhere now, name their folder by --data; " * (sha256 is not None)
+        moved = "if the data of this run lie elsewhere now, name their folder by --data; " * bool(sha256)
         raise DataError(f"{folder} is no folder that prepare.py made: {moved}{what_instead(folder)}")
     try:
         meta = dict(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
