@@ -127,7 +127,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, at=None):
         x = x + self.drop(self.attn(self.norm1(x), cos, sin, cache))
-        if at is not None:  # [DIFFUSION] last block: attention read all tokens, from here on those scored do
+        if at is not None:  # [DIFFUSION] last block: attention has read all, only those scored go on
             x = x.flatten(0, 1)[at]  # (B, T, C) -> (M, C)
         return x + self.drop(self.mlp(self.norm2(x)))
 

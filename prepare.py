@@ -458,5 +458,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # where it can not encode a file's name
     sys.exit(main())

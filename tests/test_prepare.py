@@ -11,8 +11,8 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tarfile
 import sys
+import tarfile
 import threading
 import time
 import urllib.request
