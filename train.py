@@ -590,6 +590,8 @@ def main(argv=None, get_batch=get_batch):
         try:
             given = parse(argv)
             if "compare" in given:
+                if others := [f"--{name}" for name in given if name != "compare"]:
+                    raise UserError(f"--compare draws two runs as they are: leave out {', '.join(others)}")
                 say(sample.compare(*given["compare"]))
                 return 0
             run = given.pop("resume", None)

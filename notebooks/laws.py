@@ -549,6 +549,18 @@ def critical_laws(points, limits=None, samples=2000):
     return b, np.exp(constants)
 
 
+def exponent_by_scatter(points):
+    """The exponent b of critical_laws' fit, and its 90 % interval by how far the U lie from the line: (b, low, high).
+
+    Of the n numbers U with a crossing each is one point, the mean of log FLOPs over its seeds; Student's t with n - 2
+    degrees of freedom, as in any linear regression. It holds for scatter about a line, not for a line that bends.
+    """
+    x, y = np.array([(math.log(U), np.nanmean(np.log(C))) for U, C in points.items() if np.isfinite(C).any()]).T
+    (b, _), covariance = np.polyfit(x, y, 1, cov=True)
+    t = np.quantile(np.random.default_rng(0).standard_t(len(x) - 2, 10**6), 0.95)
+    return b, b - t * covariance[0, 0] ** 0.5, b + t * covariance[0, 0] ** 0.5
+
+
 def exponents_between(points):
     """The exponents of a power law from each U to the next, {(U, V): b}; points: {U: FLOPs of each seed, or NaN}."""
     mean = {U: np.nanmean(np.log(flops)) for U, flops in points.items() if np.isfinite(flops).any()}

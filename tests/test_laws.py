@@ -398,6 +398,16 @@ def test_the_bootstrap_varies_as_much_as_seeds_do():
     assert laws.critical_laws(points)[0][1:].var() == pytest.approx(expected, rel=0.1)
 
 
+def test_the_scatter_of_the_texts_widens_the_interval():
+    off = {1: 2, 2: 1, 4: 1, 8: 1, 16: 1, 32: 2}  # as much at both ends: b stays
+    points = {u: np.array([u**1.5 * factor, math.nan]) for u, factor in off.items()}
+    b, low, high = laws.exponent_by_scatter(points | {64: [math.nan]})
+    x, residuals = np.log(2) * (np.arange(6) - 2.5), np.log(2) * np.array([2, -1, -1, -1, -1, 2]) / 3
+    error = math.sqrt(residuals @ residuals / 4 / (x @ x))
+    assert b == pytest.approx(1.5) and high - b == pytest.approx(b - low)
+    assert high - b == pytest.approx(2.132 * error, rel=0.01)  # t(4) at 95 %
+
+
 def test_exponents_between_neighbours():
     points = {100: [1e9, 4e9], 200: [math.nan, 8e9], 300: [math.nan] * 2, 800: [8e9, 8e9]}
     assert laws.exponents_between(points) == pytest.approx({(100, 200): 2, (200, 800): 0})

@@ -381,9 +381,10 @@ def test_a_preset_that_is_none_is_named():
 def test_errors_reach_the_person_without_a_traceback(corpus, tmp_path):
     settings = flags(SMALL | {"data": corpus, "epochs": 1})
     for args, named in ((["--unique_tokens=99999999"], "99999999"), (["--resume=nowhere"], "nowhere"),
-                        (["--compare", "nowhere", "there"], "nowhere")):
+                        (["--compare", "nowhere", "there"], "leave out --")):
         error = command("train.py", *settings, *args, cwd=tmp_path, code=2)
         assert named in error and "Traceback" not in error and len(error.splitlines()) <= 2
+    assert "nowhere" in command("train.py", "--compare", "nowhere", "there", cwd=tmp_path, code=2)
     assert not (tmp_path / "out").exists()
     assert "no run" in command("sample.py", cwd=tmp_path, code=2)
 
