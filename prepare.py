@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import urllib.request
@@ -120,7 +121,8 @@ class Tokenizer:
                 raise DataError("no gpt2 here: connect, or set TIKTOKEN_CACHE_DIR to its folder") from error
             pieces = self.encoding.decode_tokens_bytes(range(self.encoding.n_vocab - 1))
         else:
-            raise DataError(f"unknown tokenizer {self.kind!r}: choose bpe, char, gpt2 or a prepared folder")
+            raise DataError(f"unknown tokenizer {self.kind!r}: choose bpe, char, gpt2 or a prepared folder "
+                            "(`python prepare.py` makes data/sotu-bpe512)")
         self.pieces = [*pieces, EOT.encode()]
         self.vocab_size, self.eot = len(self.pieces), len(self.pieces) - 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")  # of ids on disk
@@ -284,7 +286,11 @@ def open_data(config):
     if default and not folder.exists() and not processes()[0]:
         print(f"{folder} is not there yet: preparing the default corpus")
         [(flag, value)] = default.items()
-        prepare(**default, out=folder, command=f"python prepare.py --{flag}={value}")
+        try:
+            prepare(**default, out=folder, command=f"python prepare.py --{flag}={value}")
+        except DataError:
+            if not (folder / "meta.json").exists():  # else a run beside this one was faster
+                raise
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the other processes wait for rank 0
     data = load(folder, config.get("data_sha256"))
@@ -460,4 +466,5 @@ def main(argv=None):
 if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # where it can not encode a file's name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half made goes
     sys.exit(main())

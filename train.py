@@ -252,6 +252,7 @@ def describe(config, data, tokens, blocks, model, dtype="auto", get_batch=get_ba
     unigram = torch.bincount(blocks.flatten()).double() / blocks.numel()  # how frequent each token is
     U, B, T, N = len(tokens), config["batch_size"], config["block_size"], model.num_params()
     steps = max(1, round(config["epochs"] * (U // T) / B))
+    kind = data.meta["dataset"], data.tokenizer.kind
     out = config["out"]
     if not out and not processes()[0]:
         out = str(sample.new_run_dir(config["objective"]))
@@ -262,7 +263,7 @@ def describe(config, data, tokens, blocks, model, dtype="auto", get_batch=get_ba
         "train_tokens": len(data.splits["train"]), "vocab_size": data.tokenizer.vocab_size,
         "parameters": N, "steps": steps, "flops": 6 * N * steps * B * T,
         "critical_flops": 2.12e15 * (U / 1e6) ** 2.174,  # C_crit(U), fitted in arXiv 2507.15857
-        "critical_measured": measured_critical(U) if data.tokenizer.kind == "char" else None,
+        "critical_measured": measured_critical(U) if kind == ("sotu", "char") else None,
         "eval_tokens": blocks.numel(),
         **prepare.scored_bytes(data, config["split"], blocks),
         "unigram_entropy": torch.special.entr(unigram).sum().item(),
@@ -297,6 +298,8 @@ def reopen(run, given, get_batch=get_batch):
     if not run:
         raise UserError("--resume names no run: is a variable empty?")
     run = Path(run).parent if str(run).endswith("last.pt") else run
+    if str(run).endswith(".pt"):
+        raise UserError(f"a run goes on from its last.pt: --resume=FOLDER; from these weights: --init={run}")
     saved = load_checkpoint(Path(run) / "last.pt")
     config = as_of_now(saved["config"])
     if "optimizers" not in saved:
@@ -601,7 +604,7 @@ def main(argv=None, get_batch=get_batch):
         except (UserError, prepare.DataError) as error:
             told = error
         except OSError as error:
-            told = f"{error}\nwhat was written before is whole: mend that, then go on with --resume"
+            told = f"{error}\nwhat was written before is whole: mend that; a saved run goes on by --resume"
         except RuntimeError as error:
             if not dist.is_initialized():
                 raise

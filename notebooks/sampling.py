@@ -17,6 +17,7 @@ prints other rows instead: what a sampler that masks written tokens again gains,
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import sys
@@ -148,28 +149,38 @@ def table(rows):
     return "\n".join(lines)
 
 
+def expanded(word):
+    """A path from the command line: in --flag=~/x a shell leaves the ~."""
+    return Path(word).expanduser()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--ar", type=Path, default=Path("out/ar"), help="run directory of an AR run [out/ar]")
-    parser.add_argument("--diffusion", type=Path, default=Path("out/diffusion"), help="... [out/diffusion]")
+    parser.add_argument("--ar", type=expanded, default=Path("out/ar"), help="run directory of an AR run [out/ar]")
+    parser.add_argument("--diffusion", type=expanded, default=Path("out/diffusion"), help="... [out/diffusion]")
     parser.add_argument("--data", help="folder where the data of the runs lie now [where they lay then]")
     parser.add_argument("--count", type=int, default=64, help="samples of every kind [64]")
     parser.add_argument("--seed", type=int, default=1, help="[1]")
     parser.add_argument("--remask", action="store_true", help="print rows of a sampler that masks again")
-    parser.add_argument("--json", type=Path, default=RESULT, help="[notebooks/results/sampling.json]")
+    parser.add_argument("--json", type=expanded, default=RESULT, help="[notebooks/results/sampling.json]")
     args = parser.parse_args(argv)
     try:
         saved = {name: load_checkpoint(getattr(args, name) / "best.pt") for name in ("ar", "diffusion")}
         models = {name: model_from_checkpoint(state) for name, state in saved.items()}
         configs = {name: state["config"] for name, state in saved.items()}
         c = configs["diffusion"]
+        if args.count < 1:
+            raise UserError(f"--count={args.count}: it must be at least 1")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        if args.json.is_dir() or not os.access(args.json.parent, os.W_OK):
+            raise UserError(f"--json={args.json}: no file can be written there")
         if [configs[name]["objective"] for name in configs] != list(configs):
             raise UserError("--ar takes an AR run and --diffusion a diffusion run")
         same = ("data_sha256", "block_size", "unique_tokens", "split")
         if any(configs["ar"][name] != c[name] for name in same):
             raise UserError(f"the two runs can not be compared, they differ in one of {', '.join(same)}")
         data, T = load(args.data or ROOT / c["data"], c["data_sha256"]), c["block_size"]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)  # several would wait for each other, and processor seconds count the waiting
@@ -184,7 +195,6 @@ def main(argv=None):
         for row in measure_remasking(models, training, gaps(data, c["split"], T), args.count, args.seed):
             print(json.dumps(row | {"command": command}), flush=True)
         return 0
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     rows = measure(models, training, held_out, args.count, args.seed)
     told = ("command", "seed", "objective", "parameters", "block_size", "unique_tokens", "epochs", "split")
     runs = {name: {"step": saved[name]["state"]["step"]} | {key: config[key] for key in told}
@@ -192,8 +202,8 @@ def main(argv=None):
     result = {"command": command, "seed": args.seed, "temperature": 1.0, "checkpoint": "best",
               "threads": torch.get_num_threads(), "runs": runs, "rows": rows,
               "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -126,15 +126,22 @@ def drive(study, jobs):
     return 128 + signals[0] if signals else int(bool(left(study)))
 
 
+def peak(word):
+    """A card's peak in TFLOP/s from the command line. Raises ValueError unless it is a positive number."""
+    if not 0 < float(word) < float("inf"):
+        raise ValueError
+    return float(word)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("study", help="a folder in notebooks/results that has a runs.txt")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores [1]")
     parser.add_argument("--print", action="store_true", help="print the commands still to run, run nothing")
-    parser.add_argument("--cost", type=float, metavar="PEAK", help="guess the time on a GPU, run nothing")
+    parser.add_argument("--cost", type=peak, metavar="PEAK", help="guess the time on a GPU, run nothing")
     args = parser.parse_args()
     try:
-        if args.cost:
+        if args.cost is not None:
             sys.path.append(str(ROOT))
             return cost(args.study, args.cost)
         if not args.print:

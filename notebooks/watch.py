@@ -238,8 +238,8 @@ def stepper(name, tokenizer, texts, start=0):
     """
     last, panels = max(int(when.max()) for _, when in texts.values()), []
     for objective, (ids, when) in texts.items():
-        tokens = zip(ids.tolist(), when.tolist(), strict=True)
-        spans = [f'<span data-when="{n}">{html.escape(tokenizer.decode([i]))}</span>' for i, n in tokens]
+        parts = itertools.groupby(characters(tokenizer, ids.tolist(), when.tolist()), key=lambda part: part[1])
+        spans = [f'<span data-when="{n}">{html.escape("".join(c for c, _ in part))}</span>' for n, part in parts]
         style = f"--colour: {sample.COLOURS[objective]}; --to-come: {TO_COME[objective]}"
         title = objective.replace("ar", "AR")
         panels.append(f'<div style="{style}"><b>{title}</b><div class="text">{"".join(spans)}</div></div>')
@@ -256,6 +256,8 @@ def save_half(run, path):
     model.load_checkpoint reads it, and model.model_from_checkpoint makes float32 of the weights again.
     """
     saved = load_checkpoint(sample.find_checkpoint(run, None))
+    if path.resolve().parent == Path(run).resolve():
+        raise UserError(f"{path} is in the folder of the run itself: name another place")
     weights = {name: w.half() for name, w in saved.get("average", saved["model"]).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {"config": saved["config"], "tokenizer": saved["tokenizer"], "model": weights,
@@ -265,10 +267,14 @@ def save_half(run, path):
 
 def watch(argv):
     """What the command line asks for."""
+    def file(word):
+        """A path from the command line: in --flag=~/x a shell leaves the ~."""
+        return Path(word).expanduser()
+
     own = argparse.ArgumentParser(usage="python notebooks/watch.py RUN [RUN] [FLAGS]", add_help=False,
                                   allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    own.add_argument("--gif", type=Path, metavar="FILE", help="do not play the texts: draw the first as an animation")
-    own.add_argument("--half", type=Path, metavar="FILE", help="write no text but the best weights, in half precision")
+    own.add_argument("--gif", type=file, metavar="FILE", help="do not play the texts: draw the first as an animation")
+    own.add_argument("--half", type=file, metavar="FILE", help="write no text but the best weights, in half precision")
     own.add_argument("-h", "--help", action="store_true", help="this, and sample.py's flags (no --run, --json)")
     files, argv = own.parse_known_args(argv)
     if files.help:

@@ -271,7 +271,7 @@ def main():
             objective, batch = "", usual(f"{kind}({number})")
             name, change = {"embedding": ("descend", embedding_rate), "decay": ("learning_rate", decay_to)}[kind]
             setattr(train, name, change(float(number)))
-        case ["hide", share] if share.replace(".", "", 1).isdecimal():
+        case ["hide", share] if share.replace(".", "", 1).isdecimal() and float(share) <= 1:
             objective, batch = "ar", hide(float(share))
         case ["orders", number] if number.isdecimal() and number != "0":
             objective, batch, train.make_model = "ar", orders(int(number)), permuted
@@ -280,6 +280,9 @@ def main():
         case _:
             print(__doc__)
             return 2
+    if words[0] == "embedding" and "--optimizer=adamw" in given:
+        print("error: embedding: it takes Muon, AdamW has the matrices in the embedding's group", file=sys.stderr)
+        return 2
     if objective and not any(word == f"--objective={objective}" or word.startswith("--resume") for word in given):
         print(f"error: {' '.join(words)}: it takes --objective={objective}", file=sys.stderr)
         return 2

@@ -327,8 +327,9 @@ def test_the_header_of_train_says_what_was_measured():
     config = {"parameters": 1e6, "flops": 1e12, "critical_flops": 1e10, "objective": "ar", "preset": "laptop",
               "seed": 1, "optimizer": "muon", "lr": 1, "weight_decay": 0, "dropout": 0, "unique_tokens": 4096,
               "data": "d", "epochs": 1, "steps": 1, "eval_tokens": 1, "split": "val", "unigram_entropy": 5, "out": "o"}
-    assert "1.0e+10 (extrapolated; this run takes 1e+02 times that), measured here: not for" in sample.header(config)
-    assert "measured here: 1.0e+11 to 2.0e+11\n" in sample.header(config | {"critical_measured": [1e11, 2e11]})
+    told, words = sample.header(config), "measured here with 0.17M: "
+    assert f"1.0e+10 (extrapolated; this run takes 1e+02 times that), {words}not for" in told
+    assert f"{words}1.0e+11 to 2.0e+11\n" in sample.header(config | {"critical_measured": [1e11, 2e11]})
 
 
 def test_the_table_of_crossings_shows_means_and_what_is_missing(capsys):

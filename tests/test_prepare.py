@@ -877,6 +877,15 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, files, monkeypatch, capsys,
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
+def test_a_run_that_is_ended_from_outside_leaves_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, Path(prepare.__file__), "--vocab_size=5000"], cwd=tmp_path)
+    while not [*tmp_path.glob("data/.prepare-*")]:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143 and not [*(tmp_path / "data").iterdir()]
+
+
 # ----- load
 
 
@@ -948,6 +957,24 @@ def test_what_is_no_data_is_told_what_it_is(tmp_path, monkeypatch, capsys):
     assert "sotu" not in told("foreign") and "prepare.py --out" not in told("foreign")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load("~/data/input-a b-char").tokenizer.kind == "char"
+
+
+def test_a_run_goes_on_where_another_has_made_the_default_corpus_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_itself = prepare.prepare
+
+    def too_late(**given):
+        prepare_itself(**given)
+        raise DataError("cannot make it: it is there")
+
+    config = {"data": "data/sotu-char", "block_size": 16, "batch_size": 2, "split": "val", "unique_tokens": 64,
+              "eval_blocks": 2}
+    monkeypatch.setattr(prepare, "prepare", too_late)
+    assert len(prepare.open_data(config)[1]) == 64
+    shutil.rmtree("data")
+    monkeypatch.setattr(prepare, "prepare", lambda **given: prepare_itself(**given | {"max_tokens": -1}))
+    with pytest.raises(DataError, match="max_tokens"):
+        prepare.open_data(config)
 
 
 def told(name):

@@ -294,6 +294,9 @@ def test_the_table_of_samples_takes_data_from_another_folder_too(folder, tmp_pat
     shutil.copytree(folder / "data", data)
     argv = [f"--ar={tmp_path / 'ar'}", f"--diffusion={tmp_path / 'diffusion'}", "--count=2", "--seed=1"]
     assert sampling.main([*argv, f"--json={found}"]) == 2 and "gone" in capsys.readouterr().err
+    for wrong, named in ((f"--json={tmp_path}", "no file can be written"), ("--count=0", "at least 1"),
+                         (f"--json={data / 'meta.json' / 'x'}", "meta.json")):
+        assert sampling.main([*argv, f"--data={data}", wrong]) == 2 and named in capsys.readouterr().err
     assert sampling.main([*argv, f"--json={found}", f"--data={data}"]) == 0
     assert json.loads(found.read_text())["command"].endswith(f"--seed=1 --data={data}")
     change_one_id(data)

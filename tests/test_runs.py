@@ -162,6 +162,9 @@ def test_what_did_not_happen_is_said_with_the_sign_of_the_bound():
     assert sample.show(record, {"objective": "diffusion", "split": "tune"}).startswith("tune <= 2.000 ± 0.100")
     later = sample.verdict(log_of("ar", [4, 3], rate=1.0), log_of("diffusion", [6, 5]))
     assert later.startswith("Diffusion and AR have no compute in common")
+    for losses, end in (([6, 2, 4], ", but at 30 FLOPs AR is ahead again"), ([6, 2, 2.9], "")):
+        told = sample.verdict(log_of("ar", [4, 3, 3]), log_of("diffusion", losses)).splitlines()[0]
+        assert told == f"At equal compute diffusion overtakes AR at 16 FLOPs, epoch 1.59{end}"
     larger = sample.verdict(ar, log_of("diffusion", [6, 5, 4], parameters=1000)).splitlines()
     assert larger[2:] == ["Their networks differ: 9 and 1,000 parameters"]
 
@@ -177,6 +180,10 @@ def test_seeds_share_a_label_and_regularised_runs_are_dashed():
     ax = Figure().subplots()
     sample.draw_losses(ax, log_of("ar", [4, 3, 5]), log_of("ar", [4, 2.5, 5]))
     assert ax.get_title(loc="left") == "Lowest validation loss 2.500, epoch 2"
+    for losses, mark in (([4], "."), ([4, 3], "None")):  # a line of one point would not be seen
+        ax = Figure().subplots()
+        sample.draw_losses(ax, log_of("ar", losses))
+        assert ax.lines[1].get_marker() == mark
 
 
 @pytest.mark.parametrize("change, named", [

@@ -401,6 +401,8 @@ def test_resume_refuses_other_flags_and_other_data(corpus, tmp_path):
     train.train(config(corpus, epochs=0.5, out=str(tmp_path / "run")))
     with pytest.raises(UserError, match=r"--lr=0.5 \(the run has 0.01\), --seed=3 \(the run has 1\).*--init="):
         train.reopen(tmp_path / "run", {"lr": 0.5, "seed": 3, "epochs": 0.5})
+    with pytest.raises(UserError, match="--resume=FOLDER; from these weights: --init=.*best.pt"):
+        train.reopen(tmp_path / "run" / "best.pt", {})
     with pytest.raises(UserError, match="--out=elsewhere"):
         train.reopen(tmp_path / "run", {"out": "elsewhere", "device": "cpu"})
     settings, saved = train.reopen(tmp_path / "run", {})

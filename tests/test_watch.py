@@ -154,6 +154,10 @@ def test_the_slider_has_every_token_and_its_forward_pass():
     page = watch.stepper("here", STRANGE, texts, start=1)
     spans = re.findall(r'<span data-when="(\d)">(.)</span>', page)
     assert spans == [("0", "a"), ("1", "\u6f22"), ("2", "b"), ("0", "a"), ("3", "\u6f22"), ("1", "b")]
+    bytewise = prepare.Tokenizer({"kind": "bpe", "pattern": ".", "tokens": [chr(i) for i in range(256)]})
+    page = watch.stepper("x", bytewise, {"ar": (np.array([*"a£b".encode()]), np.array([0, 1, 5, 2]))})
+    assert re.findall(r'<span data-when="(.)">(.)</span>', page) == [("0", "a"), ("5", "£"), ("2", "b")]
+    page = watch.stepper("here", STRANGE, texts, start=1)
     assert 'max="3" value="1"' in page and 'id="here"' in page and 'getElementById("here")' in page
     assert all(colour in page for colour in sample.COLOURS.values()) and "http" not in page
     markup = prepare.Tokenizer({"kind": "char", "characters": "<b>&"})
@@ -161,11 +165,14 @@ def test_the_slider_has_every_token_and_its_forward_pass():
     assert "&lt;" in page and "&gt;" in page and "&amp;" in page
 
 
-def test_half_keeps_the_network_and_leaves_the_rest(runs, capsys, tmp_path):
+def test_half_keeps_the_network_and_leaves_the_rest(runs, capsys, tmp_path, monkeypatch):
     full = load_checkpoint(runs / "ar" / "best.pt")
     save_checkpoint(tmp_path / "best.pt", full | {
         "average": {name: w + 1 for name, w in full["model"].items()}, "records": [{"epoch": 1}], "optimizers": []})
-    assert watch.main([str(tmp_path), f"--half={tmp_path / 'new' / 'half.pt'}"]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert watch.main([str(tmp_path), f"--half={tmp_path / 'best.pt'}"]) == 2
+    assert "in the folder of the run itself" in capsys.readouterr().err
+    assert watch.main([str(tmp_path), "--half=~/new/half.pt"]) == 0
     half = load_checkpoint(tmp_path / "new" / "half.pt")
     assert set(half) == {"format", "config", "tokenizer", "state", "model"} and half["state"] == {"step": 7}
     assert {w.dtype for w in half["model"].values()} == {torch.float16}

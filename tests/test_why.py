@@ -187,3 +187,12 @@ def test_the_source_is_as_its_entropy_says(tmp_path):
     nll = why.source_nll(p, x)
     assert abs(nll.mean() - why.block_entropy(p, 32)) < 4 * nll.std() / len(nll) ** 0.5
     assert (data.splits["val"][:4096] != data.splits["train"]).mean() > 0.5
+
+
+@pytest.mark.parametrize("words, named", [("hide 15 --objective=ar", "python notebooks/why.py"),
+                                          ("embedding 3 --optimizer=adamw", "it takes Muon")])
+def test_another_experiment_than_asked_for_is_refused(words, named, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["why.py", *words.split()])
+    monkeypatch.setattr(train, "main", None)
+    assert why.main() == 2
+    assert named in "".join(capsys.readouterr())
