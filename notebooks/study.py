@@ -70,6 +70,8 @@ def plan(words):
 
 def cost(study, peak):
     """Print a guess of what each run takes on a GPU of `peak` TFLOP/s in bf16, one run after another."""
+    if not 0 < peak < np.inf:
+        raise ValueError(f"--cost={peak}: it takes the card's peak in TFLOP/s")
     total = np.zeros(2)
     for name, words in zip(names(study), commands(study), strict=True):
         c = plan(words)
@@ -126,19 +128,12 @@ def drive(study, jobs):
     return 128 + signals[0] if signals else int(bool(left(study)))
 
 
-def peak(word):
-    """A card's peak in TFLOP/s from the command line. Raises ValueError unless it is a positive number."""
-    if not 0 < float(word) < float("inf"):
-        raise ValueError
-    return float(word)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("study", help="a folder in notebooks/results that has a runs.txt")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores [1]")
     parser.add_argument("--print", action="store_true", help="print the commands still to run, run nothing")
-    parser.add_argument("--cost", type=peak, metavar="PEAK", help="guess the time on a GPU, run nothing")
+    parser.add_argument("--cost", type=float, metavar="PEAK", help="guess the time on a GPU, run nothing")
     args = parser.parse_args()
     try:
         if args.cost is not None:

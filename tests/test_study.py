@@ -96,13 +96,13 @@ def test_the_cost_is_the_sum_of_its_runs(data, capsys, monkeypatch):
     assert max(plan["epochs"] for plan in plans) <= 1000
 
 
-@pytest.mark.parametrize("cost", ["0", "-3", "nan", "inf", "much"])
+@pytest.mark.parametrize("cost", ["0", "-3", "nan", "inf"])
 def test_a_cost_that_is_no_peak_runs_nothing(cost, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study.py", "preset", f"--cost={cost}"])
     monkeypatch.setattr(study, "drive", None)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match=f"error: --cost={float(cost)}: it takes the card's peak"):
         study.main()
-    assert ended.value.code == 2 and f"invalid peak value: '{cost}'" in capsys.readouterr().err
+    assert not capsys.readouterr().out
 
 
 def test_what_is_wrong_with_a_study_is_told(tmp_path, monkeypatch):
