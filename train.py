@@ -58,7 +58,7 @@ FLAGS = {
     "replace": (float, 0.0, 0.0, 0, "share of the tokens it reads that are replaced by random ones"),
     "mask_weight": (float, 1.5, 1.5, 0, "a masked token weighs min(1/t, this) in training; 0: 1/t (bound)"),
     "ema": (float, 0.2, 0.2, 0, "share of the steps so far that the EMA spans, at most 0.8; 0: no EMA"),
-    "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.5, 2, 3, 4, 6, 8, ..."),
+    "eval_every": (float, 0.0, 0.0, 0, "epochs between evaluations; 0: after 1, 1.25, 1.5, 1.75, 2, ..."),
     "eval_blocks": (int, 512, 0, 0, "blocks to evaluate, spread evenly over the held-out split; 0: all"),
     "final_draws": (int, 24, 8, 2, "mask draws a block after the last step (diffusion); before it, 2"),
     "split": (str, "val", "val", ("val", "tune"), "held-out split: val to report, tune to choose settings"),
@@ -277,19 +277,22 @@ def measured_critical(U):
 
     By the power law of notebook 03, networks of 0.17M parameters; single seeds lie between. None elsewhere.
     """
-    law = 4.6e11 * (U / 4096) ** 1.18
-    return [0.7 * law, 1.4 * law] if 512 <= U <= 16_384 else None
+    law = 5.0e11 * (U / 4096) ** 1.23
+    return [0.65 * law, 1.7 * law] if 512 <= U <= 16_384 else None
 
 
 def evaluation_steps(config):
-    """The steps after which to evaluate: every eval_every epochs, or after 1, 1.5, 2, 3, ...; the last."""
+    """The steps after which to evaluate: every eval_every epochs, or after 1, 1.25, 1.5, 1.75, 2, 2.5, ...
+
+    An AR model that overfits has its lowest loss for a few epochs only: larger steps would miss it.
+    """
     steps = config["steps"]
     per_epoch = config["unique_tokens"] // config["block_size"] / config["batch_size"]
     if config["eval_every"]:
         every = max(1, config["eval_every"] * per_epoch)
         due = {round(every * i) for i in range(1, int(steps / every) + 1)}
     else:
-        due = {round(per_epoch * m * 2**j) for j in range(32) for m in (1, 1.5)}
+        due = {round(per_epoch * m * 2**j) for j in range(32) for m in (1, 1.25, 1.5, 1.75)}
     return {step for step in due if 0 < step < steps} | {steps}
 
 

@@ -315,14 +315,13 @@ def test_crossings_are_read_off_the_curves():
 
 
 def test_the_header_of_train_says_what_was_measured():
-    logs = [(c, records) for name in ("critical", "pair") for run, (c, records) in study.read(name).items()
-            if "char" in c["data"] and c["n_embd"] == 64 and "regularised" not in run]
+    logs = [log for name, log in study.read("critical").items() if name.startswith("u") and "c128" not in name]
     crossed = {U: [flops for _, flops, _ in seeds.values() if flops == flops]
                for U, seeds in laws.measured_crossings(logs).items()}
     assert [U for U, flops in crossed.items() if flops] == [512, 1024, 2048, 4096, 8192, 16_384]
     for U, flops in crossed.items():
         least, most = train.measured_critical(U) or (0, math.inf)
-        assert all(least <= x <= most for x in flops) and most < 2.2 * least or not flops
+        assert all(least <= x <= most for x in flops) and most < 2.7 * least or not flops
     assert train.measured_critical(511) is train.measured_critical(16_385) is None
     config = {"parameters": 1e6, "flops": 1e12, "critical_flops": 1e10, "objective": "ar", "preset": "laptop",
               "seed": 1, "optimizer": "muon", "lr": 1, "weight_decay": 0, "dropout": 0, "unique_tokens": 4096,
