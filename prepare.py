@@ -84,7 +84,7 @@ def split(documents, balance=False):
     for number, (_, text) in enumerate(documents):
         splits[names[number]] += [(number, passage) for passage in passages(text)]
     if not all(splits.values()):
-        raise DataError(f"too short: {len(places)} documents (equal ones are one): give 3 files or one of 9 kB")
+        raise DataError(f"too short: {len(places)} documents (equal ones are one): give 3 files, or 9 kB")
     return splits
 
 
