@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import urllib.request
@@ -466,5 +465,4 @@ def main(argv=None):
 if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # where it can not encode a file's name
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half made goes
     sys.exit(main())

@@ -877,15 +877,6 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, files, monkeypatch, capsys,
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
-def test_a_run_that_is_ended_from_outside_leaves_nothing(tmp_path):
-    process = subprocess.Popen([sys.executable, Path(prepare.__file__), "--vocab_size=5000"], cwd=tmp_path)
-    while not [*tmp_path.glob("data/.prepare-*")]:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143 and not [*(tmp_path / "data").iterdir()]
-
-
 # ----- load
 
 
