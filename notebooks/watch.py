@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample  # noqa: E402
 from model import UserError, load_checkpoint, save_checkpoint, write_atomic  # noqa: E402
+from sampling import expanded  # noqa: E402
 
 PAGE, CELL = 1680, (18, 42)  # of a GIF, in pixels: its width, and the width and height of a character
 TO_COME = {"ar": "white", "diffusion": "#F7D9C4"}  # what is not written yet: nothing, or a pale block
@@ -267,14 +268,10 @@ def save_half(run, path):
 
 def watch(argv):
     """What the command line asks for."""
-    def file(word):
-        """A path from the command line: in --flag=~/x a shell leaves the ~."""
-        return Path(word).expanduser()
-
     own = argparse.ArgumentParser(usage="python notebooks/watch.py RUN [RUN] [FLAGS]", add_help=False,
                                   allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    own.add_argument("--gif", type=file, metavar="FILE", help="do not play the texts: draw the first as an animation")
-    own.add_argument("--half", type=file, metavar="FILE", help="write no text but the best weights, in half precision")
+    own.add_argument("--gif", type=expanded, metavar="FILE", help="do not play the texts: draw the first as an animation")
+    own.add_argument("--half", type=expanded, metavar="FILE", help="write no text but the best weights, in half precision")
     own.add_argument("-h", "--help", action="store_true", help="this, and sample.py's flags (no --run, --json)")
     files, argv = own.parse_known_args(argv)
     if files.help:
