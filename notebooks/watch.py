@@ -270,8 +270,8 @@ def watch(argv):
     """What the command line asks for."""
     own = argparse.ArgumentParser(usage="python notebooks/watch.py RUN [RUN] [FLAGS]", add_help=False,
                                   allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    own.add_argument("--gif", type=expanded, metavar="FILE", help="do not play the texts: draw the first as an animation")
-    own.add_argument("--half", type=expanded, metavar="FILE", help="write no text but the best weights, in half precision")
+    own.add_argument("--gif", type=expanded, metavar="FILE", help="play nothing: draw the first text as an animation")
+    own.add_argument("--half", type=expanded, metavar="FILE", help="no text: write the best weights, in half precision")
     own.add_argument("-h", "--help", action="store_true", help="this, and sample.py's flags (no --run, --json)")
     files, argv = own.parse_known_args(argv)
     if files.help:
