@@ -158,8 +158,7 @@ def header(c):
         loss += f", with the batches {c['batch']}"
     elif c["objective"] == "diffusion" and c.get("mask_weight"):
         loss += f", masked tokens weigh min(1/t, {c['mask_weight']:g})"
-    here = c.get("critical_measured")  # of characters alone
-    ours = f"{here[0]:.1e} to {here[1]:.1e}" if here else "not for this text"
+    ours = c.get("critical_measured") or "not for this text"
     return (f"{c['objective']}, {millions:.2f}M parameters, {c['preset']} preset, seed {c['seed']}, "
             f"{c['optimizer']} lr {c['lr']:g}, weight decay {c['weight_decay']:g}, dropout {c['dropout']:g}\n"
             f"training loss: {loss}; "
@@ -167,7 +166,7 @@ def header(c):
             f"{c['unique_tokens']:,} unique tokens of {there}{c['data']}, {c['epochs']:g} epochs, "
             f"{c['steps']:,} steps, {c['flops']:.2e} FLOPs\ncritical compute: by the paper's law "
             f"{c['critical_flops']:.1e} (extrapolated; this run takes {share:.2g} times that), "
-            f"measured here with 0.17M: {ours}\n"
+            f"measured here: {ours}\n"
             f"evaluating {c['eval_tokens']:,} tokens of {c['split']}; their frequencies alone would score "
             f"{c['unigram_entropy']:.3f} nats per token (unigram entropy)\nrun directory {c['out']}")
 

@@ -397,7 +397,7 @@ def measured_crossings(logs):
     Of each number U of unique tokens and seed: at equal compute, the same network; AR's best, the lowest of all its
     networks, by the diffusion run that gets there first. NaN where there is none up to the limit: the FLOPs of each
     diffusion network's longest run, the least of these. A network that overfits there (it ends over 0.01 nats above
-    its lowest) counts as infinity: more compute would not help it.
+    its lowest) counts as infinity: its bound rises already, so to train on would not help.
     """
     groups = defaultdict(lambda: {"ar": [], "diffusion": []})
     for config, records in logs:
@@ -452,6 +452,37 @@ def crossing_table(logs):
     return found
 
 
+def schedule_table(logs):
+    """Print what full schedules change beside the curve of one long run, a line for each U of runs [(config, records)].
+
+    The gap: how far the curve of the longest diffusion run is above the lowest loss of a shorter one, each with as much
+    compute. Then the compute at which AR's best is overtaken, by that curve and by the losses of all the runs, each
+    after its own schedule ("before": already by the shortest). Other than in measured_crossings curves are not shifted.
+    Runs of one seed, of both objectives at each U. Returns {U: ({epochs planned: gap}, FLOPs, FLOPs)}, None for none.
+    """
+    assert len({config["seed"] for config, _ in logs}) == 1, "runs of different seeds"
+    groups = defaultdict(lambda: {"ar": [], "diffusion": []})
+    for config, records in logs:
+        groups[config["unique_tokens"]][config["objective"]].append([{"config": config}, *records])
+    print(f"{'':8}epochs of   AR's best is overtaken by    its curve is above full schedules of so many epochs,\n"
+          f"{'U':>7} longest run  its curve  full schedules  with as much compute")
+    found = {}
+    for U, both in sorted(groups.items()):
+        best = min(sample.best_of(log)["val_loss"] for log in both["ar"])
+        *shorter, longest = sorted(both["diffusion"], key=lambda log: log[-1]["flops"])
+        curve = sample.curve(longest, x="flops")
+        ends = np.array([(log[-1]["flops"], sample.best_of(log)["val_loss"]) for log in [*shorter, longest]])
+        at_ends = np.interp(np.log(ends[:-1, 0]), np.log(curve[:, 0]), np.minimum.accumulate(curve[:, 1]))
+        gaps = {log[0]["config"]["epochs"]: gap for log, gap in zip(shorter, at_ends - ends[:-1, 1], strict=True)}
+        flops = [crossing([(1, best), (curve[-1, 0], best)], points) for points in (curve, ends)]
+        words = [f"{x:12.1e}" if x else f"{'before' if points[0, 1] <= best else 'none':>12}"
+                 for x, points in zip(flops, (curve, ends), strict=True)]
+        print(f"{U:7,}{longest[0]['config']['epochs']:12g}{''.join(words)}     "
+              + ", ".join(f"{epochs:g}: {gap:+.3f}" for epochs, gap in gaps.items()))
+        found[U] = gaps, *flops
+    return found
+
+
 def overtaken(seeds):
     """Where the seeds of one U overtake AR's best, as measured_crossings gives them ({} where nothing was measured)."""
     if not seeds:
@@ -460,6 +491,26 @@ def overtaken(seeds):
     if crossed := np.isfinite(of_best).sum():
         return f"{spread(of_best).split()[0]} with {crossed} of {len(seeds)} seeds"
     return f"not overtaken up to {limit.min():.1e}" if np.isfinite(limit).any() else "none: diffusion overfits first"
+
+
+def critical_in_words(U, found, law=None, at_least=None):
+    """The compute at which diffusion overtakes AR's best with U unique tokens, by what measured_crossings found.
+
+    law and at_least: critical_laws' fits to AR's best, without and with limits. Between the least and the greatest U
+    with a crossing it is the law's, in brackets how far single seeds are from it. For more text it is a guess: the
+    lower end of the second law's interval, or the compute spent without a crossing on less text, if that is more.
+    Without the laws it is what was measured.
+    """
+    _, of_best, limit = columns(found)
+    crossed = [V for V, flops in of_best.items() if np.isfinite(flops).any()]
+    if law and min(crossed) <= U <= max(crossed):
+        away = np.concatenate([of_best[V] / critical_at(law, V)[0] for V in crossed])  # of each seed
+        C = critical_at(law, U)[0]
+        return f"{C:.1e} [{C * np.nanmin(away):.1e}, {C * np.nanmax(away):.1e}]"
+    if at_least and U > max(crossed) and U not in found:
+        spent = [limit[V].min() for V in found if max(crossed) < V < U and np.isfinite(limit[V]).all()]
+        return f"extrapolated, a low guess: {max([critical_at(at_least, U)[1], *spent]):.1e}"
+    return overtaken(found.get(U, {}))
 
 
 KINDS = "plain AR", "AR, paper's settings", "regularised AR", "diffusion", "regularised diffusion"
