@@ -275,7 +275,7 @@ def describe(config, data, tokens, blocks, model, dtype="auto", get_batch=get_ba
 def measured_critical(U, dataset, kind, vocab_size):
     """From how many FLOPs on diffusion overtakes plain AR's best, as measured in notebook 03, in words.
 
-    For 512 to 16,384 characters by its power law, a range with all seeds; for more what was spent without.
+    512 to 16,384 characters: by its power law, a range with all seeds. More: what was spent without crossing.
     """
     law = 5.2e11 * (U / 4096) ** 1.25
     if (dataset, kind) == ("sotu", "char") and 512 <= U <= 16_384:
